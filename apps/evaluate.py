@@ -1,0 +1,27 @@
+"""Measures a finished run's best checkpoint again, at any number of processes.
+
+python apps/evaluate.py RUN_FOLDER [key=value ...]
+"""
+
+import json
+from pathlib import Path
+
+from hstu_rec import distributed
+from hstu_rec.config import run_app
+from hstu_rec.report import metric_table
+from hstu_rec.trainer import evaluate_run
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or "=" in arguments[0]:
+        raise ValueError(
+            "give the run's folder: python apps/evaluate.py RUN_FOLDER [key=value ...]"
+        )
+    result = evaluate_run(Path(arguments[0]), arguments[1:])
+    if distributed.launched_rank() == 0:
+        print(metric_table(result))
+        print(json.dumps({part: result[part] for part in ("valid", "test")}))
+
+
+if __name__ == "__main__":
+    run_app(main)

@@ -1,0 +1,33 @@
+"""Makes a dataset folder of event files.
+
+    python apps/prepare.py INPUT OUT [key=value ...]
+
+INPUT is a file, folder or glob of parquet, CSV or JSON lines (also .gz). OUT must not exist.
+Options with their defaults: the fields of PrepareConfig in hstu_rec/data/prepare.py, for example
+
+    python apps/prepare.py reviews_Beauty_5.json.gz data/beauty preset=amazon2014 kcore=5
+"""
+
+import sys
+from collections.abc import Sequence
+
+from hstu_rec.config import load, run_app
+from hstu_rec.data.prepare import PrepareConfig, prepare, report
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prepares arguments[0] into arguments[1] and prints what was made."""
+    if len(arguments) and arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    if len(arguments) < 2 or "=" in arguments[0] or "=" in arguments[1]:
+        given = " ".join(arguments) or "nothing"
+        raise ValueError(f"give INPUT and OUT, then key=value options; got {given}")
+    source, output, *options = arguments
+    stats = prepare(load(PrepareConfig, options), source, output)
+    print(report(stats))
+    print(f"wrote    {output}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_app(main))

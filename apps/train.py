@@ -1,0 +1,29 @@
+"""Trains a model and prints its test table.
+
+    python apps/train.py [CONFIG.yaml ...] [key=value ...]
+
+Without a configuration it trains configs/demo.yaml, on data that it makes itself. `help` lists the keys.
+"""
+
+from pathlib import Path
+
+from hstu_rec.config import RunConfig, help_text, load, run_app
+from hstu_rec.data.synthetic import prepare_demo
+from hstu_rec.trainer import train
+
+DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
+
+
+def main(arguments: list[str]) -> None:
+    if {"help", "--help", "-h"} & set(arguments):
+        print(f"{__doc__}\n{help_text(RunConfig)}")
+        return
+    has_yaml = any("=" not in argument for argument in arguments)
+    config = load(RunConfig, arguments if has_yaml else [str(DEMO), *arguments])
+    if config.data.path == load(RunConfig, [str(DEMO)]).data.path:
+        prepare_demo(config.data.path)
+    train(config)
+
+
+if __name__ == "__main__":
+    run_app(main)

@@ -1,0 +1,137 @@
+"""Popularity and co-occurrence, ranked by the model's own rule, so that a run can be held against them.
+
+Both are counted on the training part alone. Co-occurrence: c_ij users' events within WINDOW of each
+other; an item's score is sum over the last WINDOW events h of c_hj / sqrt(n_h n_j), with popularity to
+break ties. The pairs of all users are held in memory: for very large data set
+eval.with_baselines=false.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hstu_rec.data.dataset import Dataset
+from hstu_rec.data.stream import EvalBatch, Split, eval_batches
+from hstu_rec.evaluator import rank_metrics
+
+WINDOW = 5
+BATCH_USERS = 1024
+
+
+def baseline_metrics(dataset: Dataset, split: Split, ks: Sequence[int]) -> dict[str, Any]:
+    """{"popularity": {"seen_masked": {...}, "seen_allowed": {...}}, "co_occurrence": ...}. Collective."""
+    popularity = dataset.train_counts.astype(np.float64)
+    pairs = _count_pairs(dataset)
+    ranks: dict[str, list[np.ndarray]] = {"popularity": [], "co_occurrence": []}
+    for batch in eval_batches(dataset, split, WINDOW, BATCH_USERS):
+        targets = batch.history.target_ids.numpy()
+        user, item = _distinct_seen(batch, dataset.num_items)
+        is_other = item != targets[user]
+        user, item = user[is_other], item[is_other]
+        ranks["popularity"].append(_popularity_ranks(popularity, targets, user, item))
+        ranks["co_occurrence"].append(_co_occurrence_ranks(pairs, popularity, batch, (user, item)))
+    result = {}
+    for name, parts in ranks.items():
+        allowed, masked = np.concatenate(parts, axis=1)
+        result[name] = {
+            "seen_masked": rank_metrics(torch.from_numpy(masked), ks),
+            "seen_allowed": rank_metrics(torch.from_numpy(allowed), ks),
+        }
+    return result
+
+
+def _distinct_seen(batch: EvalBatch, num_items: int) -> tuple[np.ndarray, np.ndarray]:
+    """(row in the batch, item) of every distinct seen item."""
+    rows = np.repeat(np.arange(len(batch.users)), np.diff(batch.seen_offsets.numpy()))
+    keys = np.unique(rows * num_items + batch.seen_ids.numpy())
+    return keys // num_items, keys % num_items
+
+
+def _popularity_ranks(
+    popularity: np.ndarray, targets: np.ndarray, user: np.ndarray, item: np.ndarray
+) -> np.ndarray:
+    """int64 [2, Q]: ranks with seen items allowed and masked."""
+    at_least = len(popularity) - np.searchsorted(np.sort(popularity), popularity[targets])
+    is_above = popularity[item] >= popularity[targets[user]]
+    seen = np.bincount(user[is_above], minlength=len(targets))
+    return np.stack([at_least - 1, at_least - 1 - seen])
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Sparse symmetric scores: item i's neighbours are neighbours[starts[i] : starts[i + 1]]."""
+
+    starts: np.ndarray
+    neighbours: np.ndarray
+    scores: np.ndarray
+
+
+def _count_pairs(dataset: Dataset) -> _Pairs:
+    """Co-occurrence of the training part, divided by sqrt(n_i n_j)."""
+    users = np.arange(dataset.num_users)
+    items, _, offsets = dataset.gather(users, np.zeros_like(users), dataset.train_ends)
+    owner = np.repeat(users, np.diff(offsets))
+    num_items = dataset.num_items
+    keys = []
+    for gap in range(1, WINDOW + 1):
+        left, right = items[:-gap], items[gap:]
+        is_pair = (owner[:-gap] == owner[gap:]) & (left != right)
+        left, right = left[is_pair], right[is_pair]
+        keys += [left * num_items + right, right * num_items + left]
+    distinct, counts = np.unique(np.concatenate(keys), return_counts=True)
+    left, right = distinct // num_items, distinct % num_items
+    weights = np.sqrt(np.maximum(dataset.train_counts, 1))
+    starts = np.searchsorted(left, np.arange(num_items + 1))
+    return _Pairs(starts, right, counts / (weights[left] * weights[right]))
+
+
+def _co_occurrence_ranks(
+    pairs: _Pairs,
+    popularity: np.ndarray,
+    batch: EvalBatch,
+    seen: tuple[np.ndarray, np.ndarray],
+) -> np.ndarray:
+    """int64 [2, Q]: ranks with seen items allowed and masked."""
+    num_items = len(popularity)
+    targets = batch.history.target_ids.numpy()
+    history = batch.history.item_ids.numpy()
+    rows = np.repeat(np.arange(len(targets)), np.diff(batch.history.offsets.numpy()))
+    first, counts = pairs.starts[history], np.diff(pairs.starts)[history]
+    offsets = np.cumsum(counts) - counts
+    at = np.repeat(first - offsets, counts) + np.arange(counts.sum())
+    keys, inverse = np.unique(
+        np.repeat(rows, counts) * num_items + pairs.neighbours[at], return_inverse=True
+    )
+    scores = np.bincount(inverse, weights=pairs.scores[at], minlength=len(keys))
+
+    def score_of(user: np.ndarray, item: np.ndarray) -> np.ndarray:
+        """Score of each pair, 0 for items that occur with nothing of the history."""
+        wanted = user * num_items + item
+        place = np.searchsorted(keys, wanted).clip(max=max(len(keys) - 1, 0))
+        if not len(keys):
+            return np.zeros(len(wanted))
+        return np.where(keys[place] == wanted, scores[place], 0.0)
+
+    own = score_of(np.arange(len(targets)), targets)
+
+    def is_above(user: np.ndarray, item: np.ndarray, score: np.ndarray) -> np.ndarray:
+        """By score, then by popularity; equal in both counts as above."""
+        is_tied = (score == own[user]) & (popularity[item] >= popularity[targets[user]])
+        return (score > own[user]) | is_tied
+
+    user, item = keys // num_items, keys % num_items
+    is_other = item != targets[user]
+    user, item, score = user[is_other], item[is_other], scores[is_other]
+    ranks = np.bincount(user[is_above(user, item, score)], minlength=len(targets))
+    # A target without co-occurrence is also behind the scoreless items that are more popular.
+    more_popular = num_items - np.searchsorted(np.sort(popularity), popularity[targets]) - 1
+    is_popular = popularity[item] >= popularity[targets[user]]
+    counted = np.bincount(user[is_popular], minlength=len(targets))
+    ranks = ranks + np.where(own == 0, more_popular - counted, 0)
+    seen_user, seen_item = seen
+    seen_above = is_above(seen_user, seen_item, score_of(seen_user, seen_item))
+    masked = ranks - np.bincount(seen_user[seen_above], minlength=len(targets))
+    return np.stack([ranks, masked])

@@ -1,0 +1,345 @@
+"""A table of events into a dataset folder (its layout is drawn in dataset.py), in five steps.
+
+    1. stage      files as they are, in file and row order                              sources.py
+    2. clean      types, bad rows, unit of time --> events(seq, user, item, time)       clean.py
+    3. filter     repeats, item minimum, user minimum, k-core
+    4. order      users by id, within a user (time, tie, seq); split positions          folder.py
+    5. write      beside the target, synced, then renamed: complete or not at all       folder.py
+
+DuckDB does 1 to 4 on disk beside the target, so that memory stays under `memory_limit`.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import duckdb
+
+from hstu_rec.data import dataset
+from hstu_rec.data.clean import BadRows, Cleaned, TimeUnit, clean
+from hstu_rec.data.folder import cut_times, hash_items, measure, order, sync, write
+from hstu_rec.data.sources import PRESETS, PresetName, find_files, stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """What is read, what is kept, and where training ends."""
+
+    preset: PresetName = "none"
+    """Column names of a published data set; the options below override them."""
+    user_column: str | None = None
+    """Column of user ids, integers or strings; default `user_id` or the preset's."""
+    item_column: str | None = None
+    """Column of item ids, integers or strings; default `item_id` or the preset's."""
+    time_column: str | None = None
+    """Column of numbers (see time_unit), timestamps or ISO dates (UTC); default `timestamp`."""
+    tie_column: str | None = None
+    """Orders a user's events of one time; default: the order of the rows in the input."""
+    rating_column: str | None = None
+    """Column of ratings, read for min_rating only; default `rating` or the preset's."""
+    time_unit: TimeUnit = "auto"
+    """Unit of numeric times; `auto` finds it for dates from 1973 to 2286 and refuses all else."""
+    bad_rows: BadRows = "raise"
+    """Nulls, negative or unreadable times, malformed lines: an error, or dropped with counts."""
+    min_rating: float | None = None
+    """Events rated lower are left out."""
+    drop_repeats: bool = False
+    """Keeps only a user's first event on an item."""
+    min_item_events: int = 1
+    """Items with fewer events are left out, before users are counted."""
+    min_user_events: int = 3
+    """Users with fewer events are left out."""
+    kcore: int = 0
+    """Leaves out users and items with fewer events, over and over until none is left; 0: off."""
+    split: Literal["leave_one_out", "time"] = "leave_one_out"
+    """Last event = test and one before = validation, or first events after two points in time."""
+    valid_time: str | None = None
+    """split=time: training ends before this ISO date (UTC) or unix second."""
+    test_time: str | None = None
+    """split=time: validation ends before this ISO date (UTC) or unix second."""
+    valid_fraction: float = 0.1
+    """split=time without times: share of the events in the validation part."""
+    test_fraction: float = 0.1
+    """split=time without times: share of the events in the test part."""
+    memory_limit: str | None = None
+    """Memory DuckDB may take, such as 4GB; default: 80 % of the machine's."""
+    overwrite: bool = False
+    """Replaces a dataset that is already there."""
+
+    def problems(self) -> list[str]:
+        """Sentences about values that cannot work."""
+        found = []
+        for name, least in (("min_item_events", 1), ("min_user_events", 1), ("kcore", 0)):
+            if getattr(self, name) < least:
+                found.append(f"{name} must be at least {least}; got {getattr(self, name)}")
+        names = list(self.columns().values())
+        if len(set(names)) < len(names):
+            found.append(f"user_column, item_column, ... must differ; got {', '.join(names)}")
+        if self.rating_column is not None and self.min_rating is None:
+            found.append("rating_column has no effect without min_rating; give both or neither")
+        for name in ("valid_fraction", "test_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                found.append(f"{name} must be between 0 and 1; got {getattr(self, name)}")
+        if self.valid_fraction + self.test_fraction >= 1:
+            found.append(
+                "valid_fraction and test_fraction must leave events to train on: sum below 1"
+            )
+        if (self.valid_time is None) != (self.test_time is None):
+            found.append("valid_time and test_time belong together; give both or neither")
+        if self.valid_time is not None and self.split != "time":
+            found.append("valid_time and test_time have no effect without split=time")
+        if self.valid_time is not None and self.test_time is not None and not found:
+            try:
+                if _seconds(self.valid_time) > _seconds(self.test_time):
+                    found.append("valid_time must not be later than test_time")
+            except ValueError as error:
+                found.append(f"valid_time and test_time: {error}")
+        return found
+
+    def columns(self) -> dict[str, str]:
+        """Role to column name, for the roles that are read."""
+        names = PRESETS[self.preset].columns | {
+            role: getattr(self, f"{role}_column")
+            for role in ("user", "item", "time", "rating", "tie")
+            if getattr(self, f"{role}_column") is not None
+        }
+        if self.min_rating is None:
+            names.pop("rating")
+        return names
+
+
+def prepare(config: PrepareConfig, source: str | Path, output: str | Path) -> dict[str, Any]:
+    """Writes the dataset folder `output` from the event files at `source`; returns its stats.json.
+
+    `output` appears complete or not at all. Raises ValueError for what is wrong with the input or
+    the options, FileNotFoundError when nothing is at `source`.
+    """
+    began = time.perf_counter()
+    if problems := config.problems():
+        raise ValueError("; ".join(problems))
+    output = Path(output)
+    _refuse_existing(output, config.overwrite)
+    preset = PRESETS[config.preset]
+    files = find_files(source, preset)
+    with _appearing(output, config.overwrite) as folder, _database(folder, config) as connection:
+        staged = stage(
+            connection,
+            files,
+            config.columns(),
+            preset,
+            has_bad_lines_dropped=config.bad_rows == "drop",
+            folder=folder,
+        )
+        cleaned = clean(
+            connection,
+            staged,
+            min_rating=config.min_rating,
+            time_unit=config.time_unit,
+            bad_rows=config.bad_rows,
+        )
+        _number(connection, cleaned)
+        dropped = cleaned.dropped | _filter(connection, config, cleaned)
+        cut = _cut(connection, config, cleaned)
+        order(connection, seconds=cleaned.seconds, has_tie=cleaned.has_tie, cut=cut)
+        write(connection, folder)
+        stats = {
+            "format_version": dataset.FORMAT_VERSION,
+            **measure(connection),
+            "rows_read": cleaned.rows_read,
+            "dropped": dropped,
+            "time_unit": cleaned.time_unit,
+            "split": {"kind": config.split}
+            | (dict(zip(("valid_time", "test_time"), cut, strict=True)) if cut else {}),
+            "item_map_hash": hash_items(folder / "items.parquet"),
+            "files": [path.name for path in files],
+            "config": asdict(config),
+            "prepare_s": round(time.perf_counter() - began, 3),
+        }
+        assert cleaned.rows_read == stats["events"] + sum(dropped.values())
+        (folder / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
+    return stats
+
+
+def report(stats: dict[str, Any]) -> str:
+    """The statistics of a dataset as lines to print."""
+    dropped = ", ".join(f"{why} {count:,}" for why, count in stats["dropped"].items()) or "none"
+    lengths = ", ".join(f"{name} {value:g}" for name, value in stats["length"].items())
+    first, last = (
+        datetime.fromtimestamp(stats[f"{end}_timestamp"], UTC).date() for end in ("first", "last")
+    )
+    split = " ".join(f"{value}" for value in stats["split"].values())
+    rate = stats["rows_read"] / max(stats["prepare_s"], 1e-3)
+    return "\n".join(
+        (
+            f"users    {stats['users']:,}",
+            f"items    {stats['items']:,}",
+            f"events   {stats['events']:,} of {stats['rows_read']:,} rows; "
+            f"density {stats['density']:.3g}",
+            f"length   {lengths}",
+            f"time     {first} to {last} (UTC), read in {stats['time_unit']}",
+            f"ties     {stats['tie_share']:.1%} of events, the last two events of "
+            f"{stats['tie_last_two_share']:.1%} of users",
+            f"dropped  {dropped}",
+            f"split    {split}: {stats['valid_targets']:,} validation and "
+            f"{stats['test_targets']:,} test targets",
+            f"took     {stats['prepare_s']:.1f} s ({rate:,.0f} rows/s)",
+        )
+    )
+
+
+def _seconds(moment: str) -> int:
+    """Unix seconds of a number or an ISO date (UTC unless it names its zone)."""
+    if moment.lstrip("-").isdigit():
+        return int(moment)
+    try:
+        parsed = datetime.fromisoformat(moment)
+    except ValueError:
+        raise ValueError(
+            f"{moment!r} is neither unix seconds nor an ISO date such as 2014-01-31"
+        ) from None
+    return int((parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp())
+
+
+def _refuse_existing(output: Path, overwrite: bool) -> None:
+    if not output.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{output} is already there; choose another folder or set overwrite=true")
+    if not (output / "stats.json").is_file():
+        raise ValueError(
+            f"{output} is no dataset, so overwrite=true does not remove it; choose another folder"
+        )
+
+
+@contextmanager
+def _appearing(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `output` that takes its place if the block succeeds and vanishes if not."""
+    folder = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        sync(folder)
+        replaced = output.with_name(f"{output.name}.old-{os.getpid()}")
+        if overwrite and output.exists():
+            os.rename(output, replaced)
+        try:
+            os.rename(folder, output)
+        except OSError as error:
+            raise ValueError(f"{output} appeared while this ran; it was left as it is") from error
+        shutil.rmtree(replaced, ignore_errors=True)
+        sync(output.parent, is_deep=False)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _database(folder: Path, config: PrepareConfig) -> Iterator[duckdb.DuckDBPyConnection]:
+    """DuckDB on disk in `folder`, without network; its files are gone when the block ends."""
+    work = folder / "work"
+    work.mkdir()
+    settings: dict[str, Any] = {
+        "temp_directory": str(work / "spill"),
+        "autoinstall_known_extensions": False,
+        "preserve_insertion_order": True,
+    }
+    if config.memory_limit is not None:
+        settings["memory_limit"] = config.memory_limit
+    try:
+        connection = duckdb.connect(str(work / "events.duckdb"), config=settings)
+    except duckdb.Error as error:
+        raise ValueError(
+            f"memory_limit must be a size such as 4GB; got {config.memory_limit}"
+        ) from error
+    try:
+        connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
+        yield connection
+    except duckdb.OutOfMemoryException as error:
+        raise ValueError(
+            f"memory_limit={config.memory_limit or 'default'} is too small for this input; "
+            f"raise it, or make room on the disk of {folder.parent} ({str(error).splitlines()[0]})"
+        ) from error
+    finally:
+        connection.close()
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _cut(
+    connection: duckdb.DuckDBPyConnection, config: PrepareConfig, cleaned: Cleaned
+) -> tuple[int, int] | None:
+    """Unix seconds at which validation and test begin; None for leave-one-out."""
+    if config.split == "leave_one_out":
+        return None
+    if config.valid_time is not None and config.test_time is not None:
+        return _seconds(config.valid_time), _seconds(config.test_time)
+    return cut_times(connection, cleaned.seconds, config.valid_fraction, config.test_fraction)
+
+
+def _number(connection: duckdb.DuckDBPyConnection, cleaned: Cleaned) -> None:
+    """Replaces own ids by codes in the order of the ids (integers by value, strings by bytes)."""
+    for role in ("user", "item"):
+        connection.execute(
+            f"CREATE TABLE {role}_ids AS SELECT row_number() OVER (ORDER BY id) - 1 AS code, id "
+            f"FROM (SELECT DISTINCT {role} AS id FROM events)"
+        )
+    tie = ", tie" if cleaned.has_tie else ""
+    connection.execute(
+        f"CREATE TABLE coded AS SELECT u.code AS user, i.code AS item, time{tie}, seq "
+        "FROM events e JOIN user_ids u ON e.user = u.id JOIN item_ids i ON e.item = i.id"
+    )
+    connection.execute("DROP TABLE events; ALTER TABLE coded RENAME TO events")
+
+
+def _filter(
+    connection: duckdb.DuckDBPyConnection, config: PrepareConfig, cleaned: Cleaned
+) -> dict[str, int]:
+    """Leaves out events by the options; the rows dropped by each."""
+    dropped: dict[str, int] = {}
+
+    def keep(reason: str, condition: str) -> int:
+        before = _count(connection)
+        connection.execute(
+            f"CREATE TABLE kept AS SELECT * FROM events {condition}; DROP TABLE events; "
+            "ALTER TABLE kept RENAME TO events"
+        )
+        lost = before - _count(connection)
+        if lost:
+            dropped[reason] = dropped.get(reason, 0) + lost
+        return lost
+
+    def frequent(role: str, least: int) -> str:
+        return f"{role} IN (SELECT {role} FROM events GROUP BY {role} HAVING count(*) >= {least})"
+
+    if config.drop_repeats:
+        order = "time, tie, seq" if cleaned.has_tie else "time, seq"
+        keep(
+            "repeated item",
+            f"QUALIFY row_number() OVER (PARTITION BY user, item ORDER BY {order}) = 1",
+        )
+    for role, least in (("item", config.min_item_events), ("user", config.min_user_events)):
+        if least > 1:
+            keep(f"{role} with fewer than {least} events", f"WHERE {frequent(role, least)}")
+    if config.kcore > 1:
+        core = f"WHERE {frequent('user', config.kcore)} AND {frequent('item', config.kcore)}"
+        while keep(f"outside the {config.kcore}-core", core):
+            pass
+    if _count(connection) == 0:
+        told = "; ".join(f"{why}: {count:,}" for why, count in (cleaned.dropped | dropped).items())
+        raise ValueError(
+            f"no rows are left of {cleaned.rows_read:,}; {told}; lower min_user_events, "
+            "min_item_events, kcore or min_rating"
+        )
+    return dropped
+
+
+def _count(connection: duckdb.DuckDBPyConnection) -> int:
+    row = connection.execute("SELECT count(*) FROM events").fetchone()
+    assert row is not None
+    return row[0]

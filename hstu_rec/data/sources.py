@@ -1,0 +1,348 @@
+"""Event files, read as they are into one DuckDB table.
+
+    a file, folder or glob --find_files--> paths, sorted by name
+                           --stage--> staged(file, user, item, time [, tie] [, rating])
+
+Row order is kept: `rowid` of the staged table counts files by name, then rows within a file.
+Text stays text and JSON values stay JSON: what they mean is decided in clean.py over all rows,
+never on a sample.
+"""
+
+import csv
+import gzip
+import shutil
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from glob import escape, glob
+from pathlib import Path
+from typing import Literal
+
+import duckdb
+
+Format = Literal["parquet", "csv", "json"]
+PresetName = Literal["none", "amazon2014", "movielens_dat", "movielens_csv"]
+
+SUFFIXES: dict[str, Format] = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "csv",
+    ".dat": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+}
+INTEGERS = {f"{sign}{size}INT" for sign in ("", "U") for size in ("TINY", "SMALL", "BIG", "HUGE")}
+INTEGERS |= {"INTEGER", "UINTEGER"}
+MOMENTS = {"DATE", "TIMESTAMP", "TIMESTAMP_S", "TIMESTAMP_MS", "TIMESTAMP WITH TIME ZONE"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """How a published data set names and writes its columns."""
+
+    columns: dict[str, str]
+    """Column of each role (user, item, time, rating)."""
+    header: tuple[str, ...] = ()
+    """Columns of text files without a header line; empty: the first line names them."""
+    delimiter: str = ""
+    """Field separator of text files; empty: found from the header line."""
+    file_stem: str = ""
+    """In a folder, only files that begin so are events; empty: all of them."""
+
+
+_AMAZON = {"user": "reviewerID", "item": "asin", "time": "unixReviewTime", "rating": "overall"}
+_MOVIELENS = {"user": "userId", "item": "movieId", "time": "timestamp", "rating": "rating"}
+PRESETS: dict[PresetName, Preset] = {
+    "none": Preset(
+        columns={"user": "user_id", "item": "item_id", "time": "timestamp", "rating": "rating"}
+    ),
+    # The review files are JSON lines; the ratings-only files are CSV without a header.
+    "amazon2014": Preset(
+        columns=_AMAZON,
+        header=("reviewerID", "asin", "overall", "unixReviewTime"),
+        delimiter=",",
+    ),
+    "movielens_dat": Preset(
+        columns=_MOVIELENS,
+        header=("userId", "movieId", "rating", "timestamp"),
+        delimiter="::",
+        file_stem="ratings.",
+    ),
+    "movielens_csv": Preset(columns=_MOVIELENS, delimiter=",", file_stem="ratings."),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staged:
+    """What the table `staged` holds."""
+
+    files: list[Path]
+    """Files by number (column `file`)."""
+    columns: dict[str, str]
+    """Role to the column's name in the files."""
+    types: dict[str, str]
+    """Role to BIGINT, FLOAT, DOUBLE, VARCHAR, TIMESTAMP, TIMESTAMP_NS, TEXT (CSV) or JSON (raw)."""
+    num_malformed: int
+    """Lines left out because they could not be split into columns."""
+
+
+def find_files(source: str | Path, preset: Preset) -> list[Path]:
+    """The event files of a file, folder or glob, sorted by name; all of one format.
+
+    Raises FileNotFoundError when there are none, ValueError when formats are unknown or mixed.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = [
+            found
+            for found in path.iterdir()
+            if found.is_file()
+            and not found.name.startswith((".", "_"))
+            and found.name.startswith(preset.file_stem)
+            and _suffix(found) in SUFFIXES
+        ]
+        wanted = f"{preset.file_stem}*" if preset.file_stem else "*" + ", *".join(SUFFIXES)
+        missing = f"folder {path} holds no event file ({wanted}, also with .gz)"
+    else:
+        files = [path] if path.is_file() else [Path(p) for p in glob(str(source), recursive=True)]
+        files = [found for found in files if found.is_file()]
+        missing = f"no file, folder or glob match at {source}"
+    if not files:
+        raise FileNotFoundError(f"{missing}; give the path of your events")
+    unknown = [str(found) for found in files if _suffix(found) not in SUFFIXES]
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]}: unknown file type; allowed endings: {', '.join(SUFFIXES)}, "
+            "also with .gz"
+        )
+    formats = {SUFFIXES[_suffix(found)] for found in files}
+    if len(formats) > 1:
+        raise ValueError(
+            f"{source} holds {' and '.join(sorted(formats))} files; "
+            "give a glob that takes one format"
+        )
+    return sorted(files, key=lambda found: (found.name, str(found)))
+
+
+def stage(
+    connection: duckdb.DuckDBPyConnection,
+    files: list[Path],
+    columns: dict[str, str],
+    preset: Preset,
+    *,
+    has_bad_lines_dropped: bool,
+    folder: Path,
+) -> Staged:
+    """Fills the table `staged` with the columns of all files; `folder` takes unpacked parquet.
+
+    Raises ValueError that names the file (and the column) for what is missing, unreadable,
+    truncated, or of a type that differs from the other files'.
+    """
+    types: dict[str, str] = {}
+    num_malformed = 0
+    for number, path in enumerate(files):
+        try:
+            readable = _checked(path, folder)
+            relation, found = _relation(
+                connection, path, readable, columns, preset, has_bad_lines_dropped
+            )
+            _same_types(path, files[0], columns, found, types or found)
+            verb = "INSERT INTO staged" if number else "CREATE TABLE staged AS"
+            values = ", ".join(
+                f"{_staged(role, name, found[role])}" for role, name in columns.items()
+            )
+            connection.execute(f"{verb} SELECT {number}::INTEGER AS file, {values} FROM {relation}")
+            if has_bad_lines_dropped and relation.startswith("read_csv"):
+                num_malformed += _rejected_lines(connection)
+        except (duckdb.Error, OSError, EOFError, zlib.error) as error:
+            if isinstance(error, (duckdb.OutOfMemoryException, FileNotFoundError)):
+                raise
+            raise ValueError(f"{path}: cannot be read: {_brief(error)}") from error
+        types = types or found
+    return Staged(files=files, columns=columns, types=types, num_malformed=num_malformed)
+
+
+def quoted(text: str | Path) -> str:
+    """A SQL string literal."""
+    return "'" + str(text).replace("'", "''") + "'"
+
+
+def _name(column: str) -> str:
+    """A SQL identifier."""
+    return '"' + column.replace('"', '""') + '"'
+
+
+def _suffix(path: Path) -> str:
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
+
+def _checked(path: Path, folder: Path) -> Path:
+    """`path`, or the unpacked file for gzipped parquet; the checksum of a gzip stream is verified.
+
+    DuckDB does not compare it, so that a damaged stream could pass as data.
+    """
+    if not path.name.lower().endswith(".gz"):
+        if path.stat().st_size == 0:
+            raise OSError("the file is empty (0 bytes)")
+        return path
+    if SUFFIXES[_suffix(path)] == "parquet":
+        unpacked = folder / "unpacked.parquet"
+        with gzip.open(path) as packed, unpacked.open("wb") as target:
+            shutil.copyfileobj(packed, target, 2**24)
+        return unpacked
+    num_bytes = 0
+    with gzip.open(path) as packed:
+        while block := packed.read(2**24):
+            num_bytes += len(block)
+    if num_bytes == 0:
+        raise OSError("the file is empty (0 bytes when unpacked)")
+    return path
+
+
+def _relation(
+    connection: duckdb.DuckDBPyConnection,
+    path: Path,
+    readable: Path,
+    columns: dict[str, str],
+    preset: Preset,
+    has_bad_lines_dropped: bool,
+) -> tuple[str, dict[str, str]]:
+    """The SQL table function that reads `readable`, and the type of each role."""
+    file = quoted(escape(str(readable)))
+    lenient = "true" if has_bad_lines_dropped else "false"
+    match SUFFIXES[_suffix(path)]:
+        case "parquet":
+            relation = f"read_parquet({file})"
+            shape = dict(_describe(connection, relation))
+            _require(path, columns, list(shape))
+            types = {role: _parquet_type(path, name, shape[name]) for role, name in columns.items()}
+            return relation, types
+        case "json":
+            sniffed = f"read_json({file}, format='newline_delimited', ignore_errors={lenient})"
+            _require(path, columns, [name for name, _ in _describe(connection, sniffed)])
+            shape = ", ".join(f"{_name(name)}: 'JSON'" for name in columns.values())
+            relation = (
+                f"read_json({file}, format='newline_delimited', auto_detect=false, "
+                f"columns={{{shape}}}, ignore_errors={lenient})"
+            )
+            return relation, dict.fromkeys(columns, "JSON")
+        case "csv":
+            delimiter, header = _header(path, columns, preset)
+            _require(path, columns, header)
+            shape = ", ".join(f"{_name(name)}: 'VARCHAR'" for name in header)
+            quote = "" if delimiter == "::" else '"'
+            rejects = ", ignore_errors=true, store_rejects=true, rejects_limit=0"
+            relation = (
+                f"read_csv({file}, auto_detect=false, delim={quoted(delimiter)}, quote='{quote}', "
+                f"escape='{quote}', header={not preset.header}, columns={{{shape}}}, nullstr=''"
+                f"{rejects if has_bad_lines_dropped else ''})"
+            )
+            return relation, dict.fromkeys(columns, "TEXT")
+
+
+def _describe(connection: duckdb.DuckDBPyConnection, relation: str) -> Iterator[tuple[str, str]]:
+    """(column, type) of a table function."""
+    for name, kind, *_ in connection.execute(f"DESCRIBE SELECT * FROM {relation}").fetchall():
+        yield name, kind
+
+
+def _header(path: Path, columns: dict[str, str], preset: Preset) -> tuple[str, list[str]]:
+    """The separator and the column names of a text file."""
+    if preset.header:
+        return preset.delimiter, list(preset.header)
+    opened = (
+        gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+        if path.name.lower().endswith(".gz")
+        else path.open("rt", encoding="utf-8-sig", newline="")
+    )
+    try:
+        with opened as lines:
+            first = lines.readline()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: the first line is not UTF-8 text; write the file as UTF-8"
+        ) from error
+    candidates = [preset.delimiter] if preset.delimiter else [",", "\t", ";", "|"]
+    headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in candidates}
+    best = max(
+        candidates,
+        key=lambda mark: (len(set(columns.values()) & set(headers[mark])), len(headers[mark])),
+    )
+    twice = {name for name in headers[best] if headers[best].count(name) > 1}
+    if twice:
+        raise ValueError(f"{path}: the header names column {sorted(twice)[0]!r} twice; rename one")
+    return best, headers[best]
+
+
+def _require(path: Path, columns: dict[str, str], present: list[str]) -> None:
+    """Refuses a file without one of the columns, with the nearest name there is."""
+    for role, name in columns.items():
+        if name in present:
+            continue
+        lowered = {known.lower(): known for known in present}
+        near = get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
+        hint = f"; nearest: {lowered[near[0]]!r}" if near else ""
+        raise ValueError(
+            f"{path}: column {name!r} is missing{hint}; the file has "
+            f"{', '.join(map(repr, present[:20]))}; set {role}_column=NAME"
+        )
+
+
+def _parquet_type(path: Path, name: str, kind: str) -> str:
+    """The staged type of a parquet column."""
+    if kind in INTEGERS or (kind.startswith("DECIMAL") and kind.endswith(",0)")):
+        return "BIGINT"
+    if kind in ("FLOAT", "DOUBLE"):
+        return kind
+    if kind in ("TIMESTAMP_NS", "TIMESTAMPTZ_NS"):
+        return "TIMESTAMP_NS"
+    if kind in MOMENTS:
+        return "TIMESTAMP"
+    if kind.startswith("DECIMAL"):
+        return "DOUBLE"
+    if kind in ("VARCHAR", "UUID") or kind.startswith("ENUM"):
+        return "VARCHAR"
+    raise ValueError(
+        f"{path}: column {name!r} has type {kind}; allowed: integers, strings, floats and "
+        "timestamps; write the column as one of these"
+    )
+
+
+def _staged(role: str, name: str, kind: str) -> str:
+    """The SELECT expression of one staged column."""
+    if kind in ("TEXT", "JSON"):
+        return f"{_name(name)}::VARCHAR AS {role}"
+    return f"{_name(name)}::{kind} AS {role}"
+
+
+def _same_types(
+    path: Path, first: Path, columns: dict[str, str], found: dict[str, str], types: dict[str, str]
+) -> None:
+    """Refuses a file in which a column has another type than in the first file."""
+    for role, name in columns.items():
+        if found[role] != types[role]:
+            raise ValueError(
+                f"{path}: column {name!r} is {found[role]} here but {types[role]} in {first}; "
+                "write all files with one type (integers that became floats usually had nulls)"
+            )
+
+
+def _rejected_lines(connection: duckdb.DuckDBPyConnection) -> int:
+    """The lines the last read_csv left out; forgets them."""
+    row = connection.execute(
+        "SELECT count(DISTINCT (scan_id, file_id, line)) FROM reject_errors"
+    ).fetchone()
+    connection.execute("DROP TABLE reject_errors; DROP TABLE reject_scans")
+    assert row is not None
+    return int(row[0])
+
+
+def _brief(error: BaseException) -> str:
+    """The first lines of an error, without DuckDB's list of parser switches."""
+    text = str(error).split("\n\n")[0].split("Possible")[0]
+    return " ".join(text.split())[:300]

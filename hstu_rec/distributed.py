@@ -1,0 +1,127 @@
+"""The process group, the device and the seeds: the only reader of environment variables.
+
+One process started by `python`, or many started by torchrun or torchx, look the same to the rest of
+the package: a default process group always exists after `start()`.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+# A rank that dies is noticed by its peers after this long, when the launcher does not stop them first.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+def start(device: DeviceChoice = "auto") -> torch.device:
+    """Joins (or, in a single process, makes) the process group and returns this rank's device.
+
+    Raises ValueError when CUDA is asked for and absent.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "train.device is 'cuda' but torch sees no CUDA device; use 'auto' or 'cpu', "
+            f"or install a CUDA build of torch (installed: {torch.__version__})"
+        )
+    use_cuda = device != "cpu" and torch.cuda.is_available()
+    chosen = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if use_cuda
+        else torch.device("cpu")
+    )
+    if use_cuda:
+        torch.cuda.set_device(chosen)
+    if not dist.is_initialized():
+        # Both back ends: CPU tensors (row counts, guards) travel over gloo also in a CUDA run.
+        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return chosen
+
+
+def stop() -> None:
+    """Leaves the process group; harmless when there is none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def process_group(device: DeviceChoice = "auto") -> Iterator[torch.device]:
+    """`start()` on entry and, if this call made the group, `stop()` on exit."""
+    is_ours = not dist.is_initialized()
+    chosen = start(device)
+    try:
+        yield chosen
+    finally:
+        if is_ours:
+            stop()
+
+
+def rank() -> int:
+    """This process's number among all, 0 when there is no process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes, 1 when there is no process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_world_size() -> int:
+    """The number of processes on this host, as the launcher gives it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def launched_rank() -> int:
+    """The rank the launcher gave this process, known before any process group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    """True on the one process that prints and writes."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks, in place, on every rank."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """All ranks' `rows` [n_r, ...] concatenated by rank: [sum n_r, ...]; n_r may differ and be 0."""
+    if world_size() == 1:
+        return rows
+    sizes = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
+    sizes[rank()] = rows.shape[0]
+    counts = all_reduce_sum(sizes).tolist()
+    longest = max(counts)
+    padded = rows.new_zeros((longest, *rows.shape[1:]))
+    padded[: rows.shape[0]] = rows
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+
+def broadcast_text(text: str) -> str:
+    """Rank 0's `text` on every rank."""
+    if world_size() == 1:
+        return text
+    box: list[str] = [text]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,236 @@
+"""HSTUEncoder: layers over jagged histories [T, D]; plain nn.Module, no TorchRec, no distributed.
+
+With `attention="softmax"`, `use_gate=False` and an FFN the same encoder is SASRec.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hstu_rec.ops import (
+    NUM_TIME_BUCKETS,
+    AttentionKind,
+    JaggedLayout,
+    jagged_attention,
+    jagged_layout,
+)
+
+NormKind = Literal["layer", "rms", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The encoder's shape and options; the defaults are HSTU."""
+
+    dim: int = 64
+    """Width D of items, tokens and queries."""
+    num_layers: int = 2
+    """Number of layers."""
+    num_heads: int = 2
+    """Number of attention heads H."""
+    attention_dim: int = 0
+    """Width A of a head's queries and keys; 0 means dim / num_heads."""
+    value_dim: int = 0
+    """Width V of a head's values; 0 means dim / num_heads."""
+    max_history_len: int = 50
+    """Longest history in events (the newest are kept), and the n that silu attention is divided by."""
+    attention: AttentionKind = "silu"
+    """silu(q.k + bias) / n (HSTU) or softmax(q.k / sqrt(A) + bias) (SASRec)."""
+    use_gate: bool = True
+    """Multiplies the normed attention output by U, and passes the projections through silu."""
+    ffn_dim: int = 0
+    """Width of a feed-forward block after attention; 0 for none."""
+    norm: NormKind = "layer"
+    """Norm before the projections and of the attention output."""
+    final_norm: NormKind = "none"
+    """Norm of the encoder's output."""
+    dropout: float = 0.2
+    """Dropout on the input tokens and on every residual branch."""
+    use_position_bias: bool = True
+    """Learned attention bias by distance in events."""
+    use_time_bias: bool = True
+    """Learned attention bias by log bucket of the time difference."""
+    is_bias_per_head: bool = False
+    """One bias table a head rather than one for all."""
+    query_time: Literal["own", "next"] = "own"
+    """Time differences run to the event's own time, or to the time of the event to predict ("now")."""
+    use_position_embedding: bool = False
+    """Adds a learned embedding of the absolute position, counted from the oldest event."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, a sentence each."""
+        found = []
+        for name in ("dim", "num_layers", "num_heads", "max_history_len"):
+            if getattr(self, name) < 1:
+                found.append(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("attention_dim", "value_dim", "ffn_dim"):
+            if getattr(self, name) < 0:
+                found.append(f"{name} must be at least 0; got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            found.append(f"dropout must be in [0, 1); got {self.dropout}")
+        if (
+            self.num_heads > 0
+            and self.dim % self.num_heads
+            and not (self.attention_dim and self.value_dim)
+        ):
+            found.append(
+                f"dim must be a multiple of num_heads unless attention_dim and value_dim are given; "
+                f"got {self.dim} and {self.num_heads}"
+            )
+        if self.query_time == "next" and not self.use_time_bias:
+            found.append("query_time 'next' has no effect without use_time_bias; set one of them")
+        if self.is_bias_per_head and not (self.use_time_bias or self.use_position_bias):
+            found.append("is_bias_per_head has no effect without a bias")
+        return found
+
+
+def make_norm(kind: NormKind, dim: int) -> nn.Module:
+    """The norm of that name over the last dimension."""
+    if kind == "none":
+        return nn.Identity()
+    return nn.LayerNorm(dim) if kind == "layer" else nn.RMSNorm(dim, eps=1e-6)
+
+
+class HSTULayer(nn.Module):
+    """One layer, jagged in and out (arXiv 2402.17152, section 3.2, equations 1 to 3):
+
+    U, V, Q, K = silu(norm(x) W);  A = silu(Q Kᵀ + bias) / n
+    x + W_o dropout(norm(A V) * U)
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        heads = config.num_heads
+        self.num_heads = heads
+        self.attention_dim = config.attention_dim or config.dim // heads
+        self.value_dim = config.value_dim or config.dim // heads
+        self.kind: AttentionKind = config.attention
+        self.use_gate = config.use_gate
+        is_silu = config.attention == "silu"
+        self.scale = 1 / config.max_history_len if is_silu else 1 / math.sqrt(self.attention_dim)
+        self.widths = [
+            heads * self.value_dim,
+            heads * self.attention_dim,
+            heads * self.attention_dim,
+        ]
+        if self.use_gate:
+            self.widths.append(heads * self.value_dim)
+        self.input_norm = make_norm(config.norm, config.dim)
+        self.project = nn.Linear(config.dim, sum(self.widths), bias=False)
+        # Over all heads together, as published.
+        self.attention_norm = make_norm(config.norm if self.use_gate else "none", self.widths[0])
+        self.output = nn.Linear(self.widths[0], config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        bias_rows = heads if config.is_bias_per_head else 1
+        self.position_bias = (
+            nn.Parameter(torch.empty(bias_rows, config.max_history_len))
+            if config.use_position_bias
+            else None
+        )
+        self.time_bias = (
+            nn.Parameter(torch.empty(bias_rows, NUM_TIME_BUCKETS)) if config.use_time_bias else None
+        )
+        self.ffn = (
+            nn.Sequential(
+                make_norm(config.norm, config.dim),
+                nn.Linear(config.dim, config.ffn_dim),
+                nn.GELU(),
+                nn.Dropout(config.dropout),
+                nn.Linear(config.ffn_dim, config.dim),
+                nn.Dropout(config.dropout),
+            )
+            if config.ffn_dim
+            else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Published initialisation: projections and biases N(0, 0.02), output Xavier uniform."""
+        nn.init.normal_(self.project.weight, std=0.02)
+        nn.init.xavier_uniform_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+        for table in (self.position_bias, self.time_bias):
+            if table is not None:
+                nn.init.normal_(table, std=0.02)
+
+    def forward(
+        self, x: Tensor, offsets: Tensor, layout: JaggedLayout, timestamps: Tensor | None = None
+    ) -> Tensor:
+        """x [T, D] to [T, D]; see `HSTUEncoder.forward`."""
+        projected = self.project(self.input_norm(x))
+        if self.use_gate:
+            projected = nn.functional.silu(projected)
+        v, q, k, *gate = projected.split(self.widths, dim=-1)
+        attended = jagged_attention(
+            q.unflatten(-1, (self.num_heads, self.attention_dim)),
+            k.unflatten(-1, (self.num_heads, self.attention_dim)),
+            v.unflatten(-1, (self.num_heads, self.value_dim)),
+            offsets,
+            kind=self.kind,
+            scale=self.scale,
+            position_bias=self.position_bias,
+            time_bias=self.time_bias,
+            timestamps=timestamps,
+            layout=layout,
+        ).flatten(1)
+        if self.use_gate:
+            x = x + self.output(self.dropout(self.attention_norm(attended) * gate[0]))
+        else:
+            x = x + self.dropout(self.output(attended))
+        return x if self.ffn is None else x + self.ffn(x)
+
+
+class HSTUEncoder(nn.Module):
+    """Layers over jagged histories. Raises ValueError with every problem of `config`."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        if problems := config.problems():
+            raise ValueError("EncoderConfig: " + "; ".join(problems))
+        self.config = config
+        self.dropout = nn.Dropout(config.dropout)
+        self.position_embedding = (
+            nn.Parameter(torch.randn(config.max_history_len, config.dim) * 0.02)
+            if config.use_position_embedding
+            else None
+        )
+        self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_layers))
+        self.final_norm = make_norm(config.final_norm, config.dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        timestamps: Tensor | None = None,
+        next_timestamps: Tensor | None = None,
+    ) -> Tensor:
+        """One query vector for every event: [T, D].
+
+        Args:
+            x: [T, D] item vectors, users one after another, oldest event first.
+            offsets: int64 [B+1]; no history may be longer than `max_history_len`.
+            timestamps: int64 [T] in s, needed with `use_time_bias`.
+            next_timestamps: int64 [T] in s, needed with `query_time="next"`: the time of the event to
+                predict, which at serving is the time of the request.
+        """
+        config = self.config
+        query_times = None
+        if config.use_time_bias:
+            if timestamps is None:
+                raise ValueError("use_time_bias needs timestamps (int64 [T], s)")
+            if config.query_time == "next":
+                if next_timestamps is None:
+                    raise ValueError("query_time='next' needs next_timestamps (int64 [T], s)")
+                query_times = next_timestamps
+        if self.position_embedding is not None:
+            lengths = offsets[1:] - offsets[:-1]
+            first = torch.repeat_interleave(offsets[:-1], lengths, output_size=x.shape[0])
+            x = x + self.position_embedding[torch.arange(x.shape[0], device=x.device) - first]
+        x = self.dropout(x)
+        layout = jagged_layout(offsets, timestamps if config.use_time_bias else None, query_times)
+        for layer in self.layers:
+            x = layer(x, offsets, layout, timestamps)
+        return self.final_norm(x)

@@ -1,0 +1,176 @@
+"""ItemTable: the catalogue's vectors in one sharded TorchRec EmbeddingCollection, stepped inside backward.
+
+TorchRec is imported here when a table is made, so that the configuration can be read without it.
+"""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hstu_rec import distributed
+from hstu_rec.versions import check_triple
+
+if TYPE_CHECKING:
+    from torchrec.distributed import DistributedModelParallel
+
+TABLE = "item"
+FEATURE = "item_id"
+# Rows are initialised in blocks of this many, each from its own seed, so that a row's first value
+# depends neither on the number of ranks nor on the sharding plan.
+INIT_BLOCK_ROWS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """The item table and its optimizer."""
+
+    sharding: Literal["row_wise", "table_wise"] = "row_wise"
+    """How rows are placed: spread over all ranks, or all on one."""
+    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
+    """Optimizer fused into the backward pass; adam needs CUDA."""
+    lr: float = 0.1
+    """Learning rate of the rows."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    init_std: float = 0.02
+    """Rows begin as N(0, init_std)."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, a sentence each."""
+        return [
+            f"{name} must be above 0; got {getattr(self, name)}"
+            for name in ("lr", "eps", "init_std")
+            if not getattr(self, name) > 0
+        ]
+
+
+class ItemTable(nn.Module):
+    """Rows of item ids 0 .. num_items - 1, looked up once a step for all uses together.
+
+    Made on the meta device; `shard_model` places it. Raises ValueError for an optimizer that the device
+    does not support.
+    """
+
+    def __init__(self, config: TableConfig, num_items: int, dim: int, device: torch.device) -> None:
+        super().__init__()
+        check_triple()
+        from torchrec import EmbeddingCollection, EmbeddingConfig
+        from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+        self.num_items, self.dim = num_items, dim
+        self.collection = EmbeddingCollection(
+            tables=[
+                EmbeddingConfig(
+                    name=TABLE, embedding_dim=dim, num_embeddings=num_items, feature_names=[FEATURE]
+                )
+            ],
+            device=torch.device("meta"),
+        )
+        optimizer, arguments = _fused_optimizer(config, device)
+        apply_optimizer_in_backward(optimizer, self.collection.parameters(), arguments)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows [R, D] of distinct sorted `ids`, int64 [R]; R may be 0.
+
+        Raises ValueError for ids outside the catalogue: TorchRec would read row 0 for them.
+        """
+        from torchrec import KeyedJaggedTensor
+
+        if len(ids) and (int(ids[0]) < 0 or int(ids[-1]) >= self.num_items):
+            bad = ids[(ids < 0) | (ids >= self.num_items)]
+            raise ValueError(
+                f"{len(bad)} item ids are outside the catalogue 0..{self.num_items - 1}, for example "
+                f"{bad[:5].tolist()}; prepare the events and the catalogue together"
+            )
+        lengths = torch.ones(len(ids), dtype=torch.int64, device=ids.device)
+        features = KeyedJaggedTensor(keys=[FEATURE], values=ids, lengths=lengths)
+        return self.collection(features)[FEATURE].values()
+
+
+def _fused_optimizer(config: TableConfig, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """TorchRec's optimizer class and its arguments."""
+    import torchrec.optim as optim
+
+    if config.optimizer == "adam" and device.type == "cpu":
+        raise ValueError(
+            "table.optimizer 'adam' is not supported by fbgemm on CPU; "
+            "use 'rowwise_adagrad', 'adagrad' or 'sgd', or a CUDA device"
+        )
+    if config.optimizer == "sgd":
+        return torch.optim.SGD, {"lr": config.lr}
+    classes = {
+        "rowwise_adagrad": optim.RowWiseAdagrad,
+        "adagrad": torch.optim.Adagrad,
+        "adam": torch.optim.Adam,
+    }
+    return classes[config.optimizer], {"lr": config.lr, "eps": config.eps}
+
+
+def shard_model(
+    model: nn.Module, config: TableConfig, device: torch.device, seed: int
+) -> "DistributedModelParallel":
+    """`model` (with one ItemTable in it) under DistributedModelParallel: sharded rows, replicated rest."""
+    import torch.distributed as dist
+    from torchrec.distributed import DistributedModelParallel
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+    from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+    from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+    from torchrec.distributed.planner.types import ParameterConstraints
+    from torchrec.distributed.types import ModuleSharder, ShardingEnv
+
+    group = dist.group.WORLD
+    assert group is not None, "distributed.start() comes first"
+    env = ShardingEnv.from_process_group(group)
+    env.output_dtensor = True  # what torch.distributed.checkpoint saves asynchronously and reshards
+    sharders: list[ModuleSharder[Any]] = [EmbeddingCollectionSharder()]  # pyright: ignore
+    # The planner advises those who build topologies of clusters; ours is read off the process group.
+    logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
+    planner = EmbeddingShardingPlanner(
+        storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
+        topology=Topology(
+            world_size=distributed.world_size(),
+            local_world_size=min(distributed.local_world_size(), distributed.world_size()),
+            compute_device=device.type,
+        ),
+        constraints={
+            TABLE: ParameterConstraints(sharding_types=[config.sharding], compute_kernels=["fused"])
+        },
+    )
+    plan = planner.collective_plan(model, sharders, group)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch's DDP, to TorchRec
+        sharded = DistributedModelParallel(
+            module=model, env=env, device=device, plan=plan, sharders=sharders
+        )
+    for rows, first in local_shards(sharded):
+        _initialise(rows, first, config.init_std, seed)
+    return sharded
+
+
+def local_shards(sharded: nn.Module) -> list[tuple[Tensor, int]]:
+    """This rank's live rows [n, D] with the item id of the first; empty on a rank that owns none."""
+    name = next(n for n in sharded.state_dict() if n.endswith(f"embeddings.{TABLE}.weight"))
+    weight: Any = sharded.state_dict()[name]
+    if hasattr(weight, "to_local"):
+        local = weight.to_local()
+        return [
+            (shard, offset[0])
+            for shard, offset in zip(local.local_shards(), local.local_offsets(), strict=True)
+        ]
+    return [(shard.tensor, shard.metadata.shard_offsets[0]) for shard in weight.local_shards()]
+
+
+@torch.no_grad()
+def _initialise(rows: Tensor, first: int, std: float, seed: int) -> None:
+    """Fills rows first .. first + n of the table with N(0, std), a function of seed and row."""
+    end = first + len(rows)
+    for block in range(first // INIT_BLOCK_ROWS, -(-end // INIT_BLOCK_ROWS)):
+        generator = torch.Generator().manual_seed((seed << 32) + block)
+        values = torch.randn(INIT_BLOCK_ROWS, rows.shape[1], generator=generator) * std
+        start = block * INIT_BLOCK_ROWS
+        low, high = max(first, start), min(end, start + INIT_BLOCK_ROWS)
+        rows[low - first : high - first] = values[low - start : high - start].to(rows)

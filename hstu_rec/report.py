@@ -1,0 +1,300 @@
+"""What a finished run leaves to read: result.json, report.md, curves.png, and the table it prints.
+
+`result` is the dict of result.json:
+
+    protocol   use_query_time (bool), max_history_len, num_candidates (all items), num_users,
+               test_history_includes_valid (bool), selection_metric ("seen_allowed/ndcg@10");
+               optional: data (statistics by name), further settings
+    test       {"seen_masked": PART, "seen_allowed": PART}, where PART has recall@5, recall@10,
+               ndcg@5, ndcg@10 and mrr, and may have further metrics
+    valid      the same two parts, or the metrics themselves
+    baselines  {"popularity": {"seen_masked": PART, "seen_allowed": PART}, "co_occurrence": ...}
+               or {}
+    timing     prepare_s (None when the dataset was there before), train_s, events_per_s
+    versions   {"torch": "2.13.0", ...}
+
+The curves are drawn from the run's metrics.jsonl: rows "train" with `loss`, and rows "valid" with
+the selection metric and, if it has one, `epoch`.
+"""
+
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hstu_rec.checkpoint import write_file
+from hstu_rec.tracking import read_metrics
+
+SECTIONS = ("protocol", "test", "valid", "baselines", "timing", "versions")
+METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
+SEEN_ITEMS = {"seen_masked": "masked", "seen_allowed": "allowed"}
+PROTOCOL = (
+    "use_query_time",
+    "max_history_len",
+    "num_candidates",
+    "num_users",
+    "test_history_includes_valid",
+    "selection_metric",
+)
+TIMING = ("prepare_s", "train_s", "events_per_s")
+INK, BLUE, ORANGE, GREY = "#24292f", "#1f6feb", "#d1570b", "#8b949e"
+
+
+def write_report(folder: Path, result: dict[str, Any], config_text: str) -> None:
+    """Writes result.json, curves.png and report.md into `folder`, each in one move.
+
+    `config_text` is the resolved configuration, shown in report.md. Called on rank 0 only.
+    Raises ValueError that names every missing part of `result`.
+    """
+    _check(result)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=2, allow_nan=False)
+    curves = _draw_curves(read_metrics(folder), result["protocol"]["selection_metric"])
+    write_file(folder / "result.json", (text + "\n").encode())
+    write_file(folder / "curves.png", curves)
+    write_file(folder / "report.md", _markdown(folder.name, result, config_text).encode())
+
+
+def metric_table(result: dict[str, Any]) -> str:
+    """The test metrics as aligned text: the protocol, then the model, then the baselines."""
+    _check(result)
+    header, *rows = _metric_cells(result)
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (header, *rows)
+    ]
+    rule = "-" * max(map(len, lines))
+    return "\n".join([_protocol_line(result["protocol"]), "", lines[0], rule, *lines[1:]])
+
+
+def _check(result: Mapping[str, Any]) -> None:
+    """All that is missing, in one message."""
+    problems = [f"{name} is missing" for name in SECTIONS if name not in result]
+    problems += [f"{name} is not a section" for name in result if name not in SECTIONS]
+    problems += [
+        f"protocol.{name} is missing" for name in PROTOCOL if name not in result.get("protocol", {})
+    ]
+    problems += [
+        f"timing.{name} is missing" for name in TIMING if name not in result.get("timing", {})
+    ]
+    rows = {"test": result.get("test", {})}
+    rows |= {f"baselines.{name}": row for name, row in result.get("baselines", {}).items()}
+    problems += [
+        f"{place}.{seen}.{metric} is missing"
+        for place, row in rows.items()
+        for seen in SEEN_ITEMS
+        for metric in METRICS
+        if metric not in row.get(seen, {})
+    ]
+    if problems:
+        raise ValueError(f"no report of this result: {'; '.join(problems)}")
+
+
+def _metric_cells(result: Mapping[str, Any]) -> Iterator[list[str]]:
+    """The header, then one row for each method and treatment of seen items."""
+    further = [name for name in result["test"]["seen_masked"] if name not in METRICS]
+    metrics = [*METRICS, *further]
+    yield ["method", "seen items", *metrics]
+    for method, parts in {"model": result["test"], **result["baselines"]}.items():
+        for seen, label in SEEN_ITEMS.items():
+            values = [parts[seen].get(name) for name in metrics]
+            yield [_words(method), label, *("" if v is None else f"{v:.4f}" for v in values)]
+
+
+def _words(method: str) -> str:
+    return method.replace("_", "-")
+
+
+def _protocol_line(protocol: Mapping[str, Any]) -> str:
+    """The protocol as sentences on one line."""
+    query_time = "query time used" if protocol["use_query_time"] else "query time not used"
+    verb = "includes" if protocol["test_history_includes_valid"] else "excludes"
+    return (
+        f"Test: {protocol['num_users']:,} users, each ranked against all "
+        f"{protocol['num_candidates']:,} items; {query_time}; "
+        f"newest {protocol['max_history_len']} events of the history, which {verb} the validation "
+        f"item; model chosen by validation {protocol['selection_metric']}."
+    )
+
+
+def _markdown(title: str, result: Mapping[str, Any], config_text: str) -> str:
+    protocol, timing = result["protocol"], result["timing"]
+    further = {k: v for k, v in protocol.items() if k not in PROTOCOL and k != "data"}
+    sections = {
+        f"# {title}": _protocol_line(protocol) + " Ties with the target are never hits.",
+        "## Test": _markdown_table(list(_metric_cells(result))),
+        "## Validation": _markdown_table(_validation_cells(result["valid"])),
+        "## Curves": "![Training loss by step; validation metric by epoch](curves.png)",
+        "## Data": _listing(protocol.get("data", {}), "statistic"),
+        "## Protocol": _listing(further, "setting"),
+        "## Timing": _listing(
+            {
+                "preparation": _duration(timing["prepare_s"]),
+                "training": _duration(timing["train_s"]),
+                "events/s in training": f"{timing['events_per_s']:,.0f}",
+            },
+            "part",
+        ),
+        "## Versions": _listing(result["versions"], "package"),
+        "## Configuration": _fenced(config_text),
+    }
+    return "\n\n".join(f"{head}\n\n{body}" for head, body in sections.items() if body) + "\n"
+
+
+def _validation_cells(valid: Mapping[str, Any]) -> list[list[str]]:
+    parts = {label: valid[seen] for seen, label in SEEN_ITEMS.items() if seen in valid}
+    named = parts or {"": valid}
+    metrics = list(dict.fromkeys(name for values in named.values() for name in values))
+    rows = [
+        [label, *(_cell(values.get(name, "")) for name in metrics)]
+        for label, values in named.items()
+    ]
+    return [["seen items", *metrics], *rows]
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Numbers to the right; the columns padded, so that the source reads as well as the page."""
+    header, *body = rows
+    is_number = [all(re.fullmatch(r"[-\d.,]*", row[c]) for row in body) for c in range(len(header))]
+    widths = [max(3, *(len(row[c]) for row in rows)) for c in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = zip(row, widths, is_number, strict=True)
+        return "| " + " | ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in cells) + " |"
+
+    rule = ["-" * (w - 1) + (":" if n else "-") for w, n in zip(widths, is_number, strict=True)]
+    return "\n".join(map(line, [header, rule, *body]))
+
+
+def _listing(values: Mapping[str, Any], name: str) -> str:
+    """A two-column table, "" when there is nothing to list; nested names are joined by dots."""
+    rows = [[key, _cell(value)] for key, value in _flat(values)]
+    return _markdown_table([[name, "value"], *rows]) if rows else ""
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}" if 0 < abs(value) < 1e-3 else f"{value:,.4f}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "the dataset was there before"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _fenced(text: str) -> str:
+    """A YAML fence longer than any run of backticks inside."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}yaml\n{text.rstrip()}\n{fence}"
+
+
+def _draw_curves(rows: Sequence[Mapping[str, Any]], selection_metric: str) -> bytes:
+    """A PNG of two panels: training loss by step; validation by epoch, the best marked."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    losses = [
+        (row["step"], row["loss"]) for row in rows if row["kind"] == "train" and "loss" in row
+    ]
+    valid = [row for row in rows if row["kind"] == "valid"]
+    chosen = [row for row in valid if selection_metric in row]
+    if valid and not chosen:
+        raise ValueError(
+            f"protocol.selection_metric is {selection_metric!r}; the validation rows "
+            f"of metrics.jsonl have {sorted(set(valid[0]) - {'kind', 'step', 'time_s'})}"
+        )
+    has_epoch = bool(chosen) and all("epoch" in row for row in chosen)
+    points = [(row["epoch" if has_epoch else "step"], row[selection_metric]) for row in chosen]
+
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.05)
+    figure = Figure(figsize=(11, 4.2), dpi=150, layout=layout, facecolor="white")
+    left, right = figure.subplots(1, 2)
+    _dress(left, "Training loss", "step")
+    _dress(right, f"Validation {selection_metric}", "epoch" if has_epoch else "step")
+    _draw_loss(left, losses)
+    _draw_metric(right, points)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()
+
+
+def _dress(axes: Any, title: str, unit: str) -> None:
+    axes.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold", pad=10)
+    axes.set_xlabel(unit, color=INK)
+    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GREY)
+    axes.tick_params(colors=INK, length=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _draw_loss(axes: Any, losses: Sequence[tuple[int, float]]) -> None:
+    if not losses:
+        _draw_absence(axes, "no training rows")
+        return
+    steps, values = zip(*losses, strict=True)
+    if len(values) < 40:
+        axes.plot(steps, values, color=BLUE, linewidth=1.8, marker="o", markersize=3)
+    else:
+        axes.plot(steps, values, color=BLUE, linewidth=0.8, alpha=0.3, label="logged")
+        axes.plot(steps, _smooth(values), color=BLUE, linewidth=2, label="smoothed")
+        axes.legend(frameon=False, labelcolor=INK)
+
+
+def _draw_metric(axes: Any, points: Sequence[tuple[float, float]]) -> None:
+    if not points:
+        _draw_absence(axes, "no validation rows")
+        return
+    positions, values = zip(*points, strict=True)
+    best = max(range(len(values)), key=values.__getitem__)
+    axes.plot(positions, values, color=BLUE, linewidth=1.8, marker="o", markersize=3.5)
+    axes.plot(positions[best], values[best], "o", color=ORANGE, markersize=9, zorder=3)
+    # Room above the curve, so that the label covers none of it.
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.16 * (high - low))
+    is_late = positions[best] > (positions[0] + positions[-1]) / 2
+    axes.annotate(
+        f"best {values[best]:.4f} at {axes.get_xlabel()} {positions[best]:g}",
+        (positions[best], values[best]),
+        xytext=(8 if not is_late else -2, 10),
+        textcoords="offset points",
+        ha="right" if is_late else "left",
+        color=ORANGE,
+        fontweight="bold",
+    )
+
+
+def _draw_absence(axes: Any, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=GREY)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """The mean of a centred window, a twentieth of the curve wide, cut at the ends."""
+    half = max(1, len(values) // 40)
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]

@@ -1,0 +1,172 @@
+"""What a run tells while it works: metrics.jsonl, TensorBoard, one progress bar, lines of text.
+
+    runs/<name>/metrics.jsonl      {"kind": "train", "step": 40, "time_s": 12.7, "loss": 8.31}
+    runs/<name>/tensorboard/       scalars named kind/name, e.g. train/loss
+
+Only rank 0 writes and prints. A resumed run appends: `read_metrics` keeps the newest row of each
+(kind, step), so that steps done twice count once.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+SECONDS_BETWEEN_LINES = 10.0
+RESERVED = frozenset({"kind", "step", "time_s"})
+
+
+class Tracker:
+    """The record of one run in `folder`; on ranks other than 0 every method does nothing.
+
+    `time_s` in the rows is seconds since this tracker was made (a resumed run starts at 0 again).
+    """
+
+    def __init__(self, folder: Path, is_main: bool) -> None:
+        self._is_main = is_main
+        self._folder = folder
+        self._began_at = time.monotonic()
+        self._tensorboard: Any = None
+        if is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            _drop_torn_line(folder / METRICS_FILE)
+            self._last_known_step = max((row["step"] for row in read_metrics(folder)), default=-1)
+            self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+
+    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Appends one row and adds the scalars `kind/name` to TensorBoard.
+
+        `values` are plain numbers. JSON has no NaN or infinity: they become null.
+        """
+        if not self._is_main:
+            return
+        if clash := RESERVED & values.keys():
+            raise ValueError(f"{sorted(clash)} cannot name a value of a metrics row; rename it")
+        numbers = {name: _as_number(value) for name, value in values.items()}
+        time_s = round(time.monotonic() - self._began_at, 3)
+        row = {"kind": kind, "step": step, "time_s": time_s, **numbers}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._tensorboard is None:
+            self._tensorboard = self._open_tensorboard(step)
+        for name, value in values.items():
+            self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def bar(self, total: int, description: str, unit: str) -> "tqdm[Any]":
+        """A progress bar on stderr: `update(n)`, `set_postfix_str(text)`, `close()`.
+
+        Where stderr is no terminal it prints whole lines instead: one at most every 10 s, and one
+        on `close()`.
+        """
+        bar_class = _Bar if sys.stderr.isatty() else _LineBar
+        return bar_class(
+            total=total,
+            desc=description,
+            unit=unit,
+            disable=not self._is_main,
+            dynamic_ncols=True,
+            file=sys.stderr,
+        )
+
+    def say(self, text: str) -> None:
+        """Prints `text` on stdout, above the bar if one is shown."""
+        if self._is_main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Writes what TensorBoard still holds and closes the files; may be called twice."""
+        if not self._is_main:
+            return
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open_tensorboard(self, step: int) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from torch.utils.tensorboard.writer import SummaryWriter
+        # After a resume TensorBoard hides the steps of the stopped run that are done again.
+        purge_step = step if step <= self._last_known_step else None
+        return SummaryWriter(str(self._folder / "tensorboard"), purge_step=purge_step)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl by step, the newest of each (kind, step); [] without the file.
+
+    null becomes NaN. A last line without its end (the process was killed) is left out; any other
+    line that is no row is a ValueError with its number.
+    """
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return []
+    newest: dict[tuple[str, int], dict[str, Any]] = {}
+    complete_lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    for number, line in enumerate(complete_lines, start=1):
+        try:
+            row = json.loads(line)
+            key = (row["kind"], row["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is no metrics row ({error}); remove that line"
+            ) from error
+        newest.pop(key, None)
+        newest[key] = {name: math.nan if value is None else value for name, value in row.items()}
+    return sorted(newest.values(), key=lambda row: row["step"])
+
+
+def _as_number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cuts what a killed process left of its last line, so that the next row starts a line."""
+    if path.exists():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
+class _Bar(tqdm):
+    # tqdm's monitor thread would live on in forked loader workers.
+    monitor_interval = 0
+
+
+class _LineBar(_Bar):
+    """The bar as whole lines, for logs; tqdm's own output uses carriage returns."""
+
+    _printed_at: float | None = None
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        now = time.monotonic()
+        if self._printed_at is None:
+            self._printed_at = now
+        if self.disable:  # close() sets this first, then displays, then ends the line itself
+            self.fp.write(str(self))
+        elif now - self._printed_at >= SECONDS_BETWEEN_LINES:
+            self._printed_at = now
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
+        return True
+
+    def clear(self, nolock: bool = False) -> None:
+        """Nothing to wipe: lines stay."""

@@ -1,0 +1,326 @@
+"""train(config): a run from a prepared dataset to its report.
+
+batch -> sum of losses / targets of all ranks -> guard -> backward (table rows step inside it)
+      -> clip -> AdamW on the dense part -> validation -> best and last checkpoint -> test, report
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hstu_rec import checkpoint, distributed
+from hstu_rec.baselines import baseline_metrics
+from hstu_rec.config import OptimConfig, RunConfig, load, save, to_yaml
+from hstu_rec.data.dataset import Dataset
+from hstu_rec.data.stream import TrainStream
+from hstu_rec.encoder import HSTUEncoder
+from hstu_rec.evaluator import evaluate
+from hstu_rec.item_table import ItemTable, shard_model
+from hstu_rec.loss import NegativeSampler, SampledSoftmax
+from hstu_rec.model import NextItemModel
+from hstu_rec.report import metric_table, write_report
+from hstu_rec.tracking import Tracker
+from hstu_rec.versions import versions
+
+PARTS = ("seen_masked", "seen_allowed")
+
+
+class Learner:
+    """The model, its two optimizers and one training step."""
+
+    def __init__(self, config: RunConfig, dataset: Dataset, device: torch.device) -> None:
+        torch.manual_seed(config.train.seed)
+        self.config, self.device = config, device
+        self.stream = TrainStream(
+            dataset, config.data, config.encoder.max_history_len, config.train.seed
+        )
+        self.sampler = NegativeSampler(
+            config.loss, dataset.num_items, dataset.train_counts, config.train.seed
+        )
+        model = NextItemModel(
+            ItemTable(config.table, dataset.num_items, config.encoder.dim, device),
+            HSTUEncoder(config.encoder).to(device),
+            SampledSoftmax(config.loss),
+        )
+        self.model = shard_model(model, config.table, device, config.train.seed)
+        self.encoder: nn.Module = model.encoder
+        self.dense = [p for p in model.encoder.parameters() if p.requires_grad]
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            self.dense,
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            weight_decay=optim.weight_decay,
+        )
+        self.num_steps_planned = config.train.max_epochs * self.stream.num_steps(0)
+        # Dropout differs between ranks; everything else is a function of the seed alone.
+        torch.manual_seed(config.train.seed * 1_000_003 + distributed.rank())
+
+    def step(self, epoch: int, index: int, step: int) -> Tensor:
+        """One training step; returns the mean loss over all ranks' positions, a CPU scalar.
+
+        Raises FloatingPointError on all ranks, before backward changes any row, when it is not finite.
+        """
+        batch = self.stream.batch(epoch, index).to(self.device)
+        negatives = self.sampler.draw(step, batch.target_ids)
+        (loss_sum,) = self.model(batch, negatives)
+        loss = loss_sum / batch.num_targets_global
+        mean = distributed.all_reduce_sum(loss.detach().cpu().clone())
+        if not math.isfinite(mean):
+            raise FloatingPointError(
+                f"the loss is {float(mean)} at step {step} (epoch {epoch}, batch {index}); no row was "
+                "changed by it; lower optim.lr or table.lr"
+            )
+        self._set_rates(step)
+        # DDP and TorchRec both average gradients over ranks; the loss is already a global mean.
+        (loss * distributed.world_size()).backward()
+        if self.config.optim.clip_norm:
+            nn.utils.clip_grad_norm_(self.dense, self.config.optim.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return mean
+
+    def _set_rates(self, step: int) -> None:
+        factor = rate_factor(self.config.optim, step, self.num_steps_planned)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.optim.lr * factor
+        if factor != 1 or self.config.optim.schedule != "constant":
+            fused = self.model.fused_optimizer
+            for group in fused.param_groups:
+                group["lr"] = self.config.table.lr * factor
+            fused.step()  # changes no weight: it hands the rate to the kernels
+
+    def state(self) -> dict[str, Any]:
+        """Every tensor a checkpoint holds; loading fills them in place."""
+        if not self.optimizer.state:
+            # An optimizer that has not stepped has no tensors to load into.
+            for parameter in self.dense:
+                parameter.grad = torch.zeros_like(parameter)
+            for group in self.optimizer.param_groups:
+                group["lr"] = 0.0
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            for state in self.optimizer.state.values():
+                state["step"].zero_()
+        moments = {
+            f"{index}.{name}": value
+            for index, state in self.optimizer.state_dict()["state"].items()
+            for name, value in state.items()
+        }
+        fused = self.model.fused_optimizer.state_dict()["state"]
+        return {"model": self.model.state_dict(), "dense": moments, "fused": fused}
+
+
+def rate_factor(config: OptimConfig, step: int, num_steps: int) -> float:
+    """What the learning rates are multiplied by at `step` of `num_steps`."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
+    shape = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return config.final_lr_fraction + (1 - config.final_lr_fraction) * max(shape, 0.0)
+
+
+@dataclass
+class Progress:
+    """Where a run stands; what a checkpoint's meta.json holds."""
+
+    epoch: int = 0
+    step: int = 0
+    best: float | None = None
+    best_epoch: int = 0
+    num_without_gain: int = 0
+    train_s: float = 0.0
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Trains, evaluates and reports; returns what result.json holds. Collective.
+
+    The run's folder ends with report.md, curves.png, result.json, config.yaml and the checkpoints.
+    """
+    with distributed.process_group(config.train.device) as device:
+        dataset = Dataset(config.data.path)
+        folder = _run_folder(config)
+        if distributed.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            save(config, folder / "config.yaml")
+        distributed.barrier()
+        with Tracker(folder, distributed.is_main()) as tracker:
+            learner = Learner(config, dataset, device)
+            tracker.say(_opening(config, dataset, learner, folder))
+            progress = _resume(config, learner, folder, tracker)
+            _fit(config, learner, dataset, folder, tracker, progress)
+            checkpoint.load(checkpoint.resolve(folder / "checkpoints", "best"), learner.state())
+            result = _result(config, learner, dataset, progress)
+            tracker.log("test", progress.step, result["test"]["seen_allowed"])
+        if distributed.is_main():
+            write_report(folder, result, to_yaml(config))
+            print(f"\n{metric_table(result)}\n\nrun folder: {folder}", flush=True)
+        distributed.barrier()
+        return result
+
+
+def evaluate_run(folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """Validation and test metrics of a finished run's best checkpoint, at any world size. Collective."""
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(f"{folder} is no run folder: it has no config.yaml")
+    config = load(RunConfig, [str(folder / "config.yaml"), *overrides])
+    with distributed.process_group(config.train.device) as device:
+        dataset = Dataset(config.data.path)
+        learner = Learner(config, dataset, device)
+        meta = checkpoint.load(checkpoint.resolve(folder / "checkpoints", "best"), learner.state())
+        return _result(config, learner, dataset, Progress(**meta["progress"]))
+
+
+def _fit(
+    config: RunConfig,
+    learner: Learner,
+    dataset: Dataset,
+    folder: Path,
+    tracker: Tracker,
+    progress: Progress,
+) -> None:
+    """Epochs until patience or max_epochs ends them."""
+    settings = config.train
+    bar = tracker.bar(settings.max_epochs, "training", "epoch")
+    bar.update(progress.epoch)
+    while progress.epoch < settings.max_epochs:
+        began_at = time.monotonic()
+        learner.model.train()
+        for index in range(learner.stream.num_steps(progress.epoch)):
+            loss = learner.step(progress.epoch, index, progress.step)
+            if progress.step % settings.log_every_steps == 0:
+                tracker.log("train", progress.step, {"loss": float(loss)})
+            progress.step += 1
+        spent_s = time.monotonic() - began_at
+        progress.train_s += spent_s
+        progress.epoch += 1
+        bar.update(1)
+        bar.set_postfix_str(
+            f"loss {float(loss):.3f}  events/s {learner.stream.num_positions() / spent_s:,.0f}"
+        )
+        is_last = progress.epoch == settings.max_epochs
+        if progress.epoch % settings.eval_every_epochs == 0 or is_last:
+            _validate(config, learner, dataset, folder, tracker, progress)
+            if settings.patience and progress.num_without_gain >= settings.patience:
+                break
+    bar.close()
+
+
+def _validate(
+    config: RunConfig,
+    learner: Learner,
+    dataset: Dataset,
+    folder: Path,
+    tracker: Tracker,
+    progress: Progress,
+) -> None:
+    """Measures, saves, and moves `best` when the selected validation metric gained."""
+    metrics = evaluate(learner.model, dataset, "valid", config.eval, learner.device)
+    flat = {f"{part}/{name}": value for part in PARTS for name, value in metrics[part].items()}
+    value = flat[config.train.select]
+    is_better = progress.best is None or value > progress.best
+    progress.num_without_gain = 0 if is_better else progress.num_without_gain + 1
+    if is_better:
+        progress.best, progress.best_epoch = value, progress.epoch
+    tracker.log("valid", progress.step, {"epoch": progress.epoch, **flat})
+    tracker.say(
+        f"epoch {progress.epoch:3d}  step {progress.step}  valid {config.train.select} {value:.4f}"
+        f"  best {progress.best:.4f} (epoch {progress.best_epoch})  train {progress.train_s:.0f} s"
+    )
+    root = folder / "checkpoints"
+    saved = checkpoint.save(root, progress.step, learner.state(), {"progress": vars(progress)})
+    checkpoint.point(root, "last", saved)
+    if is_better:
+        checkpoint.point(root, "best", saved)
+    checkpoint.purge(root, config.train.keep_checkpoints)
+
+
+def _resume(config: RunConfig, learner: Learner, folder: Path, tracker: Tracker) -> Progress:
+    """Loads the checkpoint that train.resume names, if any."""
+    if config.train.resume == "none":
+        return Progress()
+    if config.train.resume == "auto":
+        found, skipped = checkpoint.newest(folder / "checkpoints")
+        for sentence in skipped:
+            tracker.say(f"resume: {sentence}")
+        if found is None:
+            tracker.say("resume: no complete checkpoint, starting anew")
+            return Progress()
+    else:
+        found = Path(config.train.resume)
+    progress = Progress(**checkpoint.load(found, learner.state())["progress"])
+    tracker.say(f"resume: {found}, epoch {progress.epoch}, step {progress.step}")
+    return progress
+
+
+def _result(
+    config: RunConfig, learner: Learner, dataset: Dataset, progress: Progress
+) -> dict[str, Any]:
+    """The final figures, as result.json has them."""
+    valid, test = (
+        evaluate(learner.model, dataset, split, config.eval, learner.device)
+        for split in ("valid", "test")
+    )
+    baselines = (
+        baseline_metrics(dataset, "test", config.eval.ks) if config.eval.with_baselines else {}
+    )
+    num_events = learner.stream.num_positions() * progress.epoch
+    encoder = config.encoder
+    return {
+        "protocol": {
+            "use_query_time": encoder.use_time_bias and encoder.query_time == "next",
+            "max_history_len": encoder.max_history_len,
+            "num_candidates": dataset.num_items,
+            "num_users": test["num_users"],
+            "test_history_includes_valid": True,
+            "selection_metric": config.train.select,
+            "seed": config.train.seed,
+            "split": dataset.stats["split"],
+            "data": {k: v for k, v in dataset.stats.items() if isinstance(v, int | float | str)},
+        },
+        "test": {part: test[part] for part in PARTS},
+        "valid": {part: valid[part] for part in PARTS},
+        "baselines": baselines,
+        "timing": {
+            "prepare_s": dataset.stats.get("prepare_s"),
+            "train_s": progress.train_s,
+            "events_per_s": num_events / progress.train_s if progress.train_s else 0.0,
+            "epochs": progress.epoch,
+            "best_epoch": progress.best_epoch,
+        },
+        "versions": versions(),
+    }
+
+
+def _run_folder(config: RunConfig) -> Path:
+    """train.run_dir, or runs/<time>-<name>, the same on every rank."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return Path(distributed.broadcast_text(config.train.run_dir or f"runs/{stamp}-{config.name}"))
+
+
+def _opening(config: RunConfig, dataset: Dataset, learner: Learner, folder: Path) -> str:
+    """What a run says before it starts."""
+    num_dense = sum(p.numel() for p in learner.dense)
+    table_mib = dataset.num_items * config.encoder.dim * 4 / 2**20
+    loss = config.loss
+    count = "" if loss.negatives in ("all", "in_batch") else f" {loss.num_negatives}"
+    return "\n".join(
+        [
+            f"run         {folder}",
+            f"data        {dataset.path}: {dataset.num_users:,} users, {dataset.num_items:,} items, "
+            f"{dataset.num_events:,} events",
+            f"model       {config.encoder.attention} attention, {num_dense:,} dense parameters, "
+            f"item table {table_mib:.1f} MiB over {distributed.world_size()} ranks",
+            f"sharding    {config.table.sharding}, {config.table.optimizer} in the backward pass",
+            f"loss        softmax, negatives {loss.negatives}{count}, {loss.similarity}",
+            f"device      {learner.device}, {distributed.world_size()} processes, fp32, attention in "
+            "plain torch grouped by length",
+        ]
+    )

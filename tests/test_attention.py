@@ -1,0 +1,75 @@
+"""The grouped back end against the loop that specifies it, in float64, outputs and gradients by name."""
+
+import pytest
+import torch
+
+from hstu_rec.ops import jagged_attention, jagged_attention_reference, time_bucket
+from hstu_rec.ops.grouped import length_groups
+
+LENGTHS = {
+    "one event": [1],
+    "empty users": [0, 3, 0, 0, 5, 0],
+    "odd": [1, 63, 2, 17, 17, 0, 33],
+    "nobody": [0, 0],
+    "no user": [],
+}
+
+
+def make_inputs(lengths, heads=3, attention=5, value=7, bias_rows=1, positions=40):
+    torch.manual_seed(7)
+    total = sum(lengths)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    leaf = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    tensors = {
+        "q": leaf(total, heads, attention),
+        "k": leaf(total, heads, attention),
+        "v": leaf(total, heads, value),
+        "position_bias": leaf(bias_rows, positions),
+        "time_bias": leaf(bias_rows, 129),
+    }
+    times = torch.randint(0, 10**9, (total,)).sort().values
+    return tensors, offsets, times
+
+
+@pytest.mark.parametrize("kind", ["silu", "softmax"])
+@pytest.mark.parametrize("bias_rows", [1, 3])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_grouped_attention_equals_the_reference_with_every_gradient(kind, bias_rows, lengths):
+    tensors, offsets, times = make_inputs(lengths, bias_rows=bias_rows)
+    results = []
+    for function in (jagged_attention, jagged_attention_reference):
+        out = function(
+            **tensors,
+            offsets=offsets,
+            timestamps=times,
+            query_times=times + 977,
+            kind=kind,
+            scale=0.3,
+        )
+        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        grads = torch.autograd.grad((out * weight).sum(), list(tensors.values()), allow_unused=True)
+        results.append([out, *grads])
+    for name, ours, expected in zip(["out", *tensors], *results, strict=True):
+        expected = torch.zeros_like(ours) if expected is None else expected
+        torch.testing.assert_close(
+            ours, expected, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_groups_hold_every_event_once_and_waste_little():
+    lengths = torch.randint(0, 51, (500,), generator=torch.Generator().manual_seed(1)).tolist()
+    groups = length_groups(lengths)
+    assert sorted(u for g in groups for u in g) == [u for u, n in enumerate(lengths) if n]
+    padded = sum(len(g) * lengths[g[0]] ** 2 for g in groups)
+    assert padded < 1.3 * sum(n * n for n in lengths)
+
+
+def test_time_buckets_follow_the_published_formula():
+    seconds = torch.tensor([0, 1, -1, 2, 60, 86_400, -86_400, 10**9])
+    assert time_bucket(seconds).tolist() == [0, 0, 0, 2, 13, 37, 37, 68]
+
+
+def test_a_time_bias_without_timestamps_is_refused():
+    tensors, offsets, _ = make_inputs([3])
+    with pytest.raises(ValueError, match="without timestamps"):
+        jagged_attention(**tensors, offsets=offsets, scale=1.0)

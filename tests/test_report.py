@@ -1,0 +1,151 @@
+"""What a finished run leaves: the exact JSON, a page to read, a picture, a table to print."""
+
+import copy
+import json
+import struct
+
+import numpy as np
+import pytest
+
+from hstu_rec.report import METRICS, metric_table, write_report
+from hstu_rec.tracking import Tracker, read_metrics
+
+CONFIG = "data:\n  path: data/demo\n"
+
+
+def metrics(first):
+    return {name: first + index / 1000 for index, name in enumerate(METRICS)}
+
+
+@pytest.fixture
+def result():
+    return {
+        "protocol": {
+            "use_query_time": False,
+            "max_history_len": 50,
+            "num_candidates": 12101,
+            "num_users": 22363,
+            "test_history_includes_valid": True,
+            "selection_metric": "seen_allowed/ndcg@10",
+            "data": {"users": 22363, "length": {"median": 6}},
+        },
+        "test": {"seen_masked": metrics(0.11), "seen_allowed": metrics(0.21)},
+        "valid": {"seen_masked": metrics(0.31), "seen_allowed": metrics(0.41)},
+        "baselines": {
+            "popularity": {"seen_masked": metrics(0.51), "seen_allowed": metrics(0.61)},
+            "co_occurrence": {"seen_masked": metrics(0.71), "seen_allowed": metrics(0.81)},
+        },
+        "timing": {"prepare_s": None, "train_s": 512.4, "events_per_s": 41233.0},
+        "versions": {"torch": "2.13.0"},
+    }
+
+
+def track(folder):
+    with Tracker(folder, is_main=True) as tracker:
+        for step in range(60):
+            tracker.log("train", step, {"loss": 9.0 - step / 10})
+        for epoch, value in enumerate((0.01, 0.03, 0.02), start=1):
+            tracker.log("valid", 20 * epoch, {"epoch": epoch, "seen_allowed/ndcg@10": value})
+
+
+def test_result_json_is_the_result(tmp_path, result):
+    write_report(tmp_path, result, CONFIG)
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "curves.png",
+        "report.md",
+        "result.json",
+    ]
+
+
+def test_the_page_shows_metrics_baselines_statistics_and_configuration(tmp_path, result):
+    write_report(tmp_path, result, CONFIG)
+    page = (tmp_path / "report.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
+    assert ["model", "masked", "0.1100", "0.1110", "0.1120", "0.1130", "0.1140"] in rows
+    assert ["co-occurrence", "allowed", "0.8100", "0.8110", "0.8120", "0.8130", "0.8140"] in rows
+    assert ["allowed", "0.4100", "0.4110", "0.4120", "0.4130", "0.4140"] in rows
+    assert ["users", "22,363"] in rows and ["length.median", "6"] in rows
+    assert ["training", "8 min 32 s"] in rows and ["torch", "2.13.0"] in rows
+    assert "(curves.png)" in page and f"```yaml\n{CONFIG}```" in page
+
+
+def test_a_configuration_with_backticks_cannot_end_its_fence(tmp_path, result):
+    write_report(tmp_path, result, "name: '```'\n")
+    assert "````yaml\nname: '```'\n````" in (tmp_path / "report.md").read_text()
+
+
+def test_the_table_has_a_row_for_each_method_and_treatment_of_seen_items(result):
+    protocol, _, header, _, *rows = metric_table(result).splitlines()
+    assert header.split() == ["method", "seen", "items", *METRICS]
+    assert [row.split()[:2] for row in rows] == [
+        [method, seen]
+        for method in ("model", "popularity", "co-occurrence")
+        for seen in ("masked", "allowed")
+    ]
+    assert [float(cell) for cell in rows[1].split()[2:]] == list(
+        result["test"]["seen_allowed"].values()
+    )
+    assert len({len(row) for row in [header, *rows]}) == 1
+    for part in ("22,363 users", "12,101 items", "query time not used", "50 events", "ndcg@10"):
+        assert part in protocol
+
+
+def test_the_table_says_when_the_query_time_is_used(result):
+    result["protocol"]["use_query_time"] = True
+    result["protocol"]["test_history_includes_valid"] = False
+    line = metric_table(result).splitlines()[0]
+    assert "query time used" in line and "excludes the validation item" in line
+
+
+def test_metrics_at_other_cut_offs_get_their_own_column(result):
+    result["test"]["seen_masked"]["recall@20"] = 0.5
+    _, _, header, _, model, *_ = metric_table(result).splitlines()
+    assert header.endswith("recall@20") and model.endswith("0.5000")
+
+
+def test_all_that_is_missing_is_told_at_once_and_nothing_is_written(tmp_path, result):
+    broken = copy.deepcopy(result)
+    del broken["timing"], broken["protocol"]["num_users"], broken["test"]["seen_masked"]["mrr"]
+    broken["extra"] = 1
+    with pytest.raises(ValueError) as failure:
+        write_report(tmp_path, broken, CONFIG)
+    for name in ("timing", "protocol.num_users", "test.seen_masked.mrr", "extra"):
+        assert name in str(failure.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_result_that_is_not_a_number_is_refused(tmp_path, result):
+    result["test"]["seen_masked"]["mrr"] = float("nan")
+    with pytest.raises(ValueError, match=r"JSON"):
+        write_report(tmp_path, result, CONFIG)
+
+
+def test_the_curves_differ_with_the_metrics_and_are_a_wide_picture(tmp_path, result):
+    write_report(tmp_path, result, CONFIG)
+    empty = (tmp_path / "curves.png").read_bytes()
+    track(tmp_path)
+    write_report(tmp_path, result, CONFIG)
+    drawn = (tmp_path / "curves.png").read_bytes()
+    assert drawn[:8] == b"\x89PNG\r\n\x1a\n" and drawn != empty
+    width, height = struct.unpack(">II", drawn[16:24])
+    assert width > 2 * height > 1000
+
+
+def test_the_best_epoch_is_marked_in_the_curves(tmp_path):
+    from matplotlib.figure import Figure
+
+    from hstu_rec import report
+
+    axes = Figure().subplots()
+    report._draw_metric(axes, [(1, 0.01), (2, 0.03), (3, 0.02)])
+    assert "best 0.0300" in axes.texts[0].get_text()
+    assert np.array_equal(axes.lines[1].get_xdata(), [2])
+
+
+def test_a_selection_metric_that_was_never_logged_is_named(tmp_path, result):
+    track(tmp_path)
+    assert read_metrics(tmp_path)
+    result["protocol"]["selection_metric"] = "ndcg@11"
+    with pytest.raises(ValueError, match=r"ndcg@11.*seen_allowed/ndcg@10"):
+        write_report(tmp_path, result, CONFIG)
