@@ -47,16 +47,26 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
         deadline = time.monotonic() + TIMEOUT_S
         try:
             while len(results) < world_size:
+                is_last_look = time.monotonic() > deadline or any(
+                    process.exitcode and rank not in results
+                    for rank, process in enumerate(processes)
+                )
                 try:
-                    rank, is_done, result = queue.get(timeout=max(0.1, deadline - time.monotonic()))
+                    rank, is_done, result = queue.get(timeout=1)
                 except Empty:
+                    if not is_last_look:
+                        continue
                     raise TimeoutError(
-                        f"only ranks {sorted(results)} of {world_size} answered"
+                        f"only ranks {sorted(results)} of {world_size} answered; exit codes "
+                        f"{[process.exitcode for process in processes]}"
                     ) from None
                 if not is_done:
                     raise RuntimeError(f"rank {rank} of {world_size} failed:\n{result}")
                 results[rank] = result
         finally:
+            if len(results) < world_size:  # the others wait for the one that failed
+                for process in processes:
+                    process.kill()
             for process in processes:
                 process.join(timeout=5)
                 process.kill()

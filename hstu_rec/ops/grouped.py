@@ -24,10 +24,19 @@ MAX_BLOCK_ENTRIES = 2**23
 class Group:
     """Users of like length as a dense block of b users by l events."""
 
-    rows: Tensor  # int64 [b, l]: event of the jagged batch; padding repeats the user's first
-    is_event: Tensor  # bool [b, l]
+    shape: tuple[int, int]  # b, l
+    rows: Tensor  # int64 [b * l]: event of the jagged batch; padding repeats the user's first
+    events: Tensor  # int64: the places of rows that are no padding
     visible: Tensor  # bool [b, 1, l, l]: key j is seen by query i
-    buckets: Tensor | None  # int64 [b, l, l]: time bucket of (query i, key j)
+    buckets: Tensor | None  # int64 [b, l, l]: time bucket of (query i, key j), for a time bias
+
+    def dense(self, x: Tensor) -> Tensor:
+        """The group's part [b, H, l, A] of a jagged [T, H, A]."""
+        return x.index_select(0, self.rows).unflatten(0, self.shape).transpose(1, 2)
+
+    def jagged(self, x: Tensor) -> Tensor:
+        """The events [t, H, A] of a dense [b, H, l, A], without padding."""
+        return x.transpose(1, 2).flatten(0, 1).index_select(0, self.events)
 
 
 @dataclass(frozen=True)
@@ -73,12 +82,20 @@ def jagged_layout(
         rows = torch.where(is_event, first + steps, first)
         placed.append(rows[is_event])
         visible = (steps[:, None] >= steps) & is_event[:, :, None]
-        rows = rows.to(device)
         buckets = None
         if timestamps is not None:
-            now = timestamps if query_times is None else query_times
-            buckets = time_bucket(now[rows][:, :, None] - timestamps[rows][:, None, :])
-        groups.append(Group(rows, is_event.to(device), visible[:, None].to(device), buckets))
+            now, at = timestamps if query_times is None else query_times, rows.to(device)
+            buckets = time_bucket(now[at][:, :, None] - timestamps[at][:, None, :])
+        events = is_event.flatten().nonzero()[:, 0]
+        groups.append(
+            Group(
+                (len(users), longest),
+                rows.flatten().to(device),
+                events.to(device),
+                visible[:, None].to(device),
+                buckets,
+            )
+        )
     order = torch.cat(placed) if placed else torch.zeros(0, dtype=torch.int64)
     restore = torch.empty_like(order)
     restore[order] = torch.arange(len(order))
@@ -134,13 +151,13 @@ class _GroupedAttention(torch.autograd.Function):
         ctx.layout, ctx.kind, ctx.scale = layout, kind, scale
         parts = [v.new_zeros((0, *v.shape[1:]))]
         for group in layout.groups:
-            dense_q, dense_k, dense_v = (x[group.rows].transpose(1, 2) for x in (q, k, v))
+            dense_q, dense_k, dense_v = (group.dense(x) for x in (q, k, v))
             if kind == "softmax":
                 dense_q = dense_q * scale
             scores = _scores(dense_q, dense_k, group, position_bias, time_bias)
             weights = _weights(scores, group.visible, kind, scale)
-            parts.append((weights @ dense_v).transpose(1, 2)[group.is_event])
-        return torch.cat(parts)[layout.restore]
+            parts.append(group.jagged(weights @ dense_v))
+        return torch.cat(parts).index_select(0, layout.restore)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -150,9 +167,7 @@ class _GroupedAttention(torch.autograd.Function):
         grad_position = None if position_bias is None else torch.zeros_like(position_bias)
         grad_time = None if time_bias is None else torch.zeros_like(time_bias)
         for group in ctx.layout.groups:
-            dense_q, dense_k, dense_v, dense_out = (
-                x[group.rows].transpose(1, 2) for x in (q, k, v, grad_out)
-            )
+            dense_q, dense_k, dense_v, dense_out = (group.dense(x) for x in (q, k, v, grad_out))
             if ctx.kind == "softmax":
                 dense_q = dense_q * ctx.scale
             scores = _scores(dense_q, dense_k, group, position_bias, time_bias)
@@ -174,9 +189,11 @@ class _GroupedAttention(torch.autograd.Function):
                 weights.transpose(-1, -2) @ dense_out,
             )
             for part, dense in zip(parts, dense_grads, strict=True):
-                part.append(dense.transpose(1, 2)[group.is_event])
+                part.append(group.jagged(dense))
             _add_bias_grads(grad_scores, group, grad_position, grad_time)
-        grad_q, grad_k, grad_v = (torch.cat(part)[ctx.layout.restore] for part in parts)
+        grad_q, grad_k, grad_v = (
+            torch.cat(part).index_select(0, ctx.layout.restore) for part in parts
+        )
         return grad_q, grad_k, grad_v, grad_position, grad_time, None, None, None
 
 

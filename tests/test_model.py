@@ -1,0 +1,112 @@
+"""What the model must do whatever its weights: no look-ahead, no row for unknown ids, a rule learned."""
+
+import numpy as np
+import pytest
+import torch
+
+from hstu_rec.config import RunConfig, load
+from hstu_rec.encoder import EncoderConfig, HSTUEncoder
+from hstu_rec.hstu import HSTU
+from hstu_rec.item_table import ItemTable, TableConfig
+from hstu_rec.trainer import train
+from tests.datasets import write_dataset
+
+KINDS = {
+    "hstu": {},
+    "sasrec": {
+        "attention": "softmax",
+        "use_gate": False,
+        "ffn_dim": 32,
+        "use_time_bias": False,
+        "use_position_bias": False,
+        "use_position_embedding": True,
+    },
+}
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_future_events_do_not_change_the_past(options):
+    torch.manual_seed(0)
+    encoder = HSTUEncoder(EncoderConfig(dim=16, max_history_len=30, **options)).eval()
+    offsets = torch.tensor([0, 9, 9, 30, 31])
+    items, times = torch.randn(31, 16), torch.randint(0, 10**8, (31,)).sort().values
+    before = encoder(items, offsets, times)
+    is_future = torch.zeros(31, dtype=torch.bool)
+    is_future[5:9] = is_future[20:30] = True
+    changed = torch.where(is_future[:, None], torch.randn(31, 16), items)
+    after = encoder(changed, offsets, torch.where(is_future, times + 10**6, times))
+    assert torch.equal(before[~is_future], after[~is_future])
+    assert not torch.equal(before[is_future], after[is_future])
+
+
+def test_the_query_time_of_the_next_event_is_used():
+    torch.manual_seed(0)
+    config = EncoderConfig(dim=16, query_time="next")
+    encoder = HSTUEncoder(config).eval()
+    items, times, offsets = torch.randn(4, 16), torch.arange(4) * 86_400, torch.tensor([0, 4])
+    soon = encoder(items, offsets, times, times + 60)
+    late = encoder(items, offsets, times, times + 10**7)
+    assert not torch.allclose(soon, late)
+    with pytest.raises(ValueError, match="next_timestamps"):
+        encoder(items, offsets, times)
+
+
+def test_padding_left_right_or_none_gives_the_same_logits():
+    torch.manual_seed(0)
+    model = HSTU(num_items=20, hidden_dim=16, max_seq_len=6).eval()
+    ids, times = torch.tensor([[3, 9, 20]]), torch.tensor([[10, 500, 9000]])
+    pad = torch.nn.functional.pad
+    plain = model(ids, times, ids > 0)[0]
+    left = model(pad(ids, (3, 0)), pad(times, (3, 0)), pad(ids, (3, 0)) > 0)[0, 3:]
+    right = model(pad(ids, (0, 3)), pad(times, (0, 3)))[0, :3]
+    assert plain.shape == (3, 21)
+    assert (plain[:, 0] == -torch.inf).all()
+    torch.testing.assert_close(left, plain)
+    torch.testing.assert_close(right, plain)
+    with pytest.raises(ValueError, match=r"1 item ids are outside 1\.\.20, for example \[21\]"):
+        model(torch.tensor([[1, 21]]), torch.tensor([[1, 2]]))
+
+
+def test_wrong_values_are_told_all_at_once():
+    with pytest.raises(
+        ValueError, match=r"dim must be a multiple.*; query_time 'next' has no effect"
+    ):
+        HSTUEncoder(EncoderConfig(dim=15, use_time_bias=False, query_time="next"))
+
+
+def test_adam_on_cpu_is_refused_with_what_to_do():
+    with pytest.raises(ValueError, match="use 'rowwise_adagrad', 'adagrad' or 'sgd'"):
+        ItemTable(TableConfig(optimizer="adam"), 10, 4, torch.device("cpu"))
+
+
+def test_ids_outside_the_catalogue_are_refused():
+    table = ItemTable(TableConfig(), 10, 4, torch.device("cpu"))
+    for bad in (-1, 10, 2**33):
+        with pytest.raises(ValueError, match=r"1 item ids are outside the catalogue 0\.\.9"):
+            table(torch.tensor(sorted([3, bad])))
+
+
+def run_planted(path, is_shuffled):
+    """Test metrics of a short run where item j always follows item 7 j + 3 (mod 61)."""
+    random = np.random.default_rng(3)
+    sequences = []
+    for _ in range(400):
+        items = [int(random.integers(61))]
+        while len(items) < 10:
+            items.append((7 * items[-1] + 3) % 61)
+        sequences.append(items)
+    if is_shuffled:
+        sequences = random.permutation(np.array(sequences).ravel()).reshape(400, 10).tolist()
+    write_dataset(path / "data", sequences, num_items=61)
+    settings = ["encoder.dim=32", "encoder.dropout=0", "loss.negatives=all", "train.max_epochs=12"]
+    folders = [f"data.path={path / 'data'}", f"train.run_dir={path / 'run'}"]
+    quick = ["train.device=cpu", "train.eval_every_epochs=4", "eval.with_baselines=false"]
+    return train(load(RunConfig, [*settings, *folders, *quick]))["test"]["seen_allowed"]
+
+
+def test_a_planted_rule_is_learned(tmp_path):
+    assert run_planted(tmp_path, is_shuffled=False)["recall@1"] > 0.99
+
+
+def test_without_a_rule_the_result_is_near_chance(tmp_path):
+    assert run_planted(tmp_path, is_shuffled=True)["recall@10"] < 0.25
