@@ -1,9 +1,14 @@
 # make demo: environment, built-in data, training on 2 processes, evaluation, table.
 # make test: the same environment, all tests.
-PYTHON ?= python3
+ifndef PYTHON
+PYTHON := $(shell for name in python3 python3.13 python3.12 python3.11; do \
+	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$name && break; done)
+endif
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
+# Packages of another environment must not come before the pinned ones.
+unexport PYTHONPATH PYTHONHOME
 
 .PHONY: demo test lint types clean
 
@@ -18,14 +23,17 @@ lint: .venv/.stamp
 	$(BIN)/ruff format --check .
 
 types: .venv/.stamp
-	$(BIN)/pip install --quiet --no-deps -r requirements/dev.txt
+	$(BIN)/pip install -qq --no-deps -r requirements/dev.txt
 	$(BIN)/pyright
 
-.venv/.stamp: requirements/install.py requirements/cpu.txt pyproject.toml
-	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('error: Python 3.11 or later is needed; set PYTHON=...')"
+.venv/.stamp: .venv/.pinned pyproject.toml
+	$(BIN)/pip install -qq --no-deps --no-build-isolation -e .
+	touch $@
+
+.venv/.pinned: requirements/install.py requirements/cpu.txt
+	@[ -n "$(PYTHON)" ] || { echo "error: Python 3.11 or later is needed; name it: make demo PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python requirements/install.py
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
 clean:

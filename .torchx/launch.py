@@ -6,7 +6,10 @@ from pathlib import Path
 
 
 def main() -> None:
-    arguments = [a for i, a in enumerate(sys.argv[1:]) if not (i == 0 and a == "--")]
+    """Becomes `python SCRIPT ARGUMENTS`; exits with a sentence when the first argument is no file."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--"]:
+        del arguments[0]
     if not arguments or not Path(arguments[0]).is_file():
         given = f"'{arguments[0]}' is no file" if arguments else "no script was given"
         sys.exit(

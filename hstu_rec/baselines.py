@@ -1,8 +1,9 @@
 """Popularity and co-occurrence, ranked by the model's own rule, so that a run can be held against them.
 
-Both are counted on the training part alone. Co-occurrence: c_ij users' events within WINDOW of each
-other; an item's score is sum over the last WINDOW events h of c_hj / sqrt(n_h n_j), with popularity to
-break ties. The pairs of all users are held in memory: for very large data set
+Both are counted on the training part alone. Co-occurrence: c_ij = sum over users' pairs of events i, j
+at most WINDOW apart of 2^(1 - gap); an item's score is the sum over the last WINDOW events h of
+2^-age c_hj, age 0 being the newest, with popularity to break ties. Halves, because they are exact in
+float64: equal scores compare equal. The pairs of all users are held in memory: for very large data set
 eval.with_baselines=false.
 """
 
@@ -70,22 +71,22 @@ class _Pairs:
 
 
 def _count_pairs(dataset: Dataset) -> _Pairs:
-    """Co-occurrence of the training part, divided by sqrt(n_i n_j)."""
+    """Co-occurrence of the training part."""
     users = np.arange(dataset.num_users)
     items, _, offsets = dataset.gather(users, np.zeros_like(users), dataset.train_ends)
     owner = np.repeat(users, np.diff(offsets))
     num_items = dataset.num_items
-    keys = []
+    keys, weights = [], []
     for gap in range(1, WINDOW + 1):
         left, right = items[:-gap], items[gap:]
         is_pair = (owner[:-gap] == owner[gap:]) & (left != right)
         left, right = left[is_pair], right[is_pair]
         keys += [left * num_items + right, right * num_items + left]
-    distinct, counts = np.unique(np.concatenate(keys), return_counts=True)
-    left, right = distinct // num_items, distinct % num_items
-    weights = np.sqrt(np.maximum(dataset.train_counts, 1))
-    starts = np.searchsorted(left, np.arange(num_items + 1))
-    return _Pairs(starts, right, counts / (weights[left] * weights[right]))
+        weights.append(np.full(2 * len(left), 2.0 ** (1 - gap)))
+    distinct, inverse = np.unique(np.concatenate(keys), return_inverse=True)
+    scores = np.bincount(inverse, weights=np.concatenate(weights), minlength=len(distinct))
+    starts = np.searchsorted(distinct // num_items, np.arange(num_items + 1))
+    return _Pairs(starts, distinct % num_items, scores)
 
 
 def _co_occurrence_ranks(
@@ -98,14 +99,18 @@ def _co_occurrence_ranks(
     num_items = len(popularity)
     targets = batch.history.target_ids.numpy()
     history = batch.history.item_ids.numpy()
-    rows = np.repeat(np.arange(len(targets)), np.diff(batch.history.offsets.numpy()))
+    history_offsets = batch.history.offsets.numpy()
+    rows = np.repeat(np.arange(len(targets)), np.diff(history_offsets))
+    age = history_offsets[1:][rows] - 1 - np.arange(len(history))
     first, counts = pairs.starts[history], np.diff(pairs.starts)[history]
     offsets = np.cumsum(counts) - counts
     at = np.repeat(first - offsets, counts) + np.arange(counts.sum())
     keys, inverse = np.unique(
         np.repeat(rows, counts) * num_items + pairs.neighbours[at], return_inverse=True
     )
-    scores = np.bincount(inverse, weights=pairs.scores[at], minlength=len(keys))
+    scores = np.bincount(
+        inverse, weights=pairs.scores[at] * np.repeat(0.5**age, counts), minlength=len(keys)
+    )
 
     def score_of(user: np.ndarray, item: np.ndarray) -> np.ndarray:
         """Score of each pair, 0 for items that occur with nothing of the history."""

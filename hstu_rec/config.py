@@ -10,13 +10,16 @@ import difflib
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+from yaml import YAMLError
 
 from hstu_rec.data.stream import DataConfig
 from hstu_rec.distributed import DeviceChoice
@@ -125,56 +128,66 @@ class RunConfig:
         ]
         if self.train.select in allowed:
             return []
-        near = difflib.get_close_matches(self.train.select, allowed, 1)
+        near = _did_you_mean(self.train.select, allowed)
         return [
-            f"train.select must be one of {', '.join(allowed)}; got '{self.train.select}'"
-            + (f"; did you mean '{near[0]}'?" if near else "")
+            f"train.select must be one of {', '.join(allowed)}; got '{self.train.select}'{near}"
         ]
 
 
 def load(schema: type[T], arguments: Sequence[str]) -> T:
-    """A `schema` from YAML paths and key=value overrides, the later ones winning.
+    """A `schema` (every field has a default) from YAML paths and key=value overrides, the later winning.
 
+    An override of a text field is taken as it stands; all others are read as YAML (1e-3 is a number).
     Raises ValueError with every problem, FileNotFoundError for a YAML file that is not there.
     """
     config = OmegaConf.structured(schema)
     _unfreeze(config)
+    hints = _hints(schema)
     problems: list[str] = []
-    for source, key, value in _settings(arguments):
+    for source, key, value in _settings(arguments, hints, problems):
+        if key not in hints:
+            problems.append(f"{source}: {_unknown(key, list(hints))}")
+            continue
+        if "${" in str(value):
+            # OmegaConf would read other keys and the environment, secrets included, into the report.
+            problems.append(
+                f"{source}: {key} must be a plain value, no ${{reference}}; got {value}"
+            )
+            continue
         try:
-            if key not in _keys(schema):
-                raise KeyError(key)
+            if _is_converted_silently(hints[key], value):
+                raise ValidationError
             OmegaConf.update(config, key, value)
-        except KeyError:
-            near = difflib.get_close_matches(key, _keys(schema), 1, cutoff=0.5)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            problems.append(f"{source}: unknown key '{key}'{hint}")
-        except OmegaConfBaseException as error:
-            problems.append(f"{source}: {key}: {str(error.msg).splitlines()[0]}")
-    if not problems:
-        loaded = OmegaConf.to_object(config)
-        problems = list(_value_problems(loaded, ""))
-        if not problems:
-            return cast(T, loaded)
-    raise ValueError("the configuration has problems:\n  " + "\n  ".join(problems))
+        except OmegaConfBaseException:
+            near = _did_you_mean(str(value), [str(one) for one in _choices(hints[key])])
+            problems.append(
+                f"{source}: {key} must be {_described(hints[key])}; got {_shown(value)}{near}"
+            )
+    loaded = OmegaConf.to_object(config)
+    problems += _value_problems(loaded, "")
+    if problems:
+        raise ValueError("the configuration has problems:\n  " + "\n  ".join(problems))
+    return cast(T, loaded)
 
 
 def save(config: Any, path: Path) -> None:
     """Writes every value of `config` as YAML that `load` reads back equal."""
-    path.write_text(to_yaml(config))
+    path.write_text(to_yaml(config), encoding="utf-8")
 
 
 def to_yaml(config: Any) -> str:
     """Every value of `config` as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
 
 
 def help_text(schema: type) -> str:
-    """Every key of `schema` with its default and doc."""
-    defaults = schema()
-    return "\n".join(
-        f"  {key}={value}\n      {doc}" for key, value, doc in _documented(defaults, "")
-    )
+    """Every key of `schema` with its default, choices and doc."""
+    lines = []
+    for key, value, doc in _documented(schema(), ""):
+        choices = _choices(_hints(schema)[key])
+        lines.append(f"  {key}={_shown(value)}" + (f"  ({_listed(choices)})" if choices else ""))
+        lines += [f"      {doc}"] if doc else []
+    return "\n".join(lines)
 
 
 def run_app(main: Callable[[list[str]], None]) -> None:
@@ -192,50 +205,134 @@ def _unfreeze(node: DictConfig) -> None:
     """Lets settings be written: OmegaConf marks every frozen dataclass as read-only by itself."""
     OmegaConf.set_readonly(node, False)
     for name in node:
-        if isinstance(node[name], DictConfig):
+        if not OmegaConf.is_missing(node, name) and isinstance(node[name], DictConfig):
             _unfreeze(node[name])
 
 
-def _settings(arguments: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
-    """(where it stands, dotted key, value) of every setting, in order."""
+def _settings(
+    arguments: Sequence[str], hints: dict[str, Any], problems: list[str]
+) -> Iterator[tuple[str, str, Any]]:
+    """(where it stands, dotted key, value) of every setting, in order; what is no YAML is a problem."""
     for argument in arguments:
-        if argument == "--":
+        setting = argument.removeprefix("--")
+        if not setting:
             continue
-        if "=" in argument:
-            key, text = argument.split("=", 1)
-            value = OmegaConf.create(f"value: {text}" if text else "value: ''")["value"]
-            yield f"'{argument}'", key, value
-            continue
-        if not Path(argument).is_file():
+        is_file = Path(argument).is_file()
+        if not is_file and "=" not in setting:
             raise FileNotFoundError(
                 f"'{argument}' is neither a key=value setting nor a YAML file that exists"
             )
-        content = OmegaConf.load(argument)
-        if not isinstance(content, DictConfig):
-            raise ValueError(f"{argument} holds no mapping of settings")
-        for key, value in _flat(OmegaConf.to_container(content), ""):
-            yield argument, key, value
+        try:
+            if is_file:
+                content = OmegaConf.load(argument)
+                if not isinstance(content, DictConfig):
+                    raise ValueError("it holds no mapping of settings")
+                for key, value in _flat(OmegaConf.to_container(content), "", hints):
+                    yield argument, key, value
+            else:
+                key, text = setting.split("=", 1)
+                yield f"'{argument}'", key, _parsed(text, hints.get(key))
+        except (YAMLError, ValueError, OSError) as error:
+            problems.append(f"{argument}: {' '.join(str(error).split())}")
 
 
-def _flat(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def _parsed(text: str, hint: Any) -> Any:
+    """The value of an override: the text itself where text is wanted, else what YAML reads in it."""
+    kinds = {type(one) for one in _choices(hint)} or set(_members(hint))
+    if kinds & {str, Path} and not (text == "null" and type(None) in _members(hint)):
+        return text
+    return OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # pyright: ignore
+
+
+def _flat(node: Any, prefix: str, hints: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of the leaves; a section without content sets nothing."""
     if isinstance(node, dict):
         for name, value in node.items():
-            yield from _flat(value, f"{prefix}{name}.")
-    else:
+            yield from _flat(value, f"{prefix}{name}.", hints)
+    elif node is not None or not any(key.startswith(prefix) for key in hints):
         yield prefix[:-1], node
 
 
-def _keys(schema: type) -> list[str]:
-    """Dotted keys of all leaves."""
-    hints = get_type_hints(schema)
-    found = []
-    for one in fields(cast(Any, schema)):
-        kind = hints[one.name]
-        found += [f"{one.name}.{k}" for k in _keys(kind)] if is_dataclass(kind) else [one.name]
+def _hints(schema: type) -> dict[str, Any]:
+    """Dotted key and type of all leaves."""
+    found = {}
+    for name, hint in get_type_hints(schema).items():
+        if is_dataclass(hint):
+            found |= {f"{name}.{key}": one for key, one in _hints(cast(type, hint)).items()}
+        else:
+            found[name] = hint
     return found
 
 
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, else the type itself."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _choices(hint: Any) -> list[Any]:
+    """All values of the Literals in `hint`."""
+    return [v for one in _members(hint) if get_origin(one) is Literal for v in get_args(one)]
+
+
+def _is_converted_silently(hint: Any, value: Any) -> bool:
+    """True where OmegaConf would make text of 1.10 ('1.1'), or true of 5."""
+    members = set(_members(hint))
+    return bool(members & {str, bool}) and type(value) in {bool, int, float} - members
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text, in quotes"}
+
+
+def _described(hint: Any) -> str:
+    """`hint` in words."""
+    if get_origin(hint) is Literal:
+        return f"one of {_listed(get_args(hint))}"
+    if len(_members(hint)) > 1:
+        return " or ".join(map(_described, _members(hint)))
+    if get_origin(hint) in (list, tuple):
+        return f"a list, each {_described(get_args(hint)[0])}"
+    return "null" if hint is type(None) else _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(map(_shown, values))
+
+
+def _shown(value: Any) -> str:
+    """`value` as one writes it in an override."""
+    if isinstance(value, list | tuple):
+        return f"[{_listed(value)}]"
+    is_word = value is None or isinstance(value, bool)
+    return {None: "null", True: "true", False: "false"}[value] if is_word else str(value)
+
+
+def _unknown(key: str, keys: list[str]) -> str:
+    """What is wrong with `key`, and the right one if it can be guessed."""
+    inside = [one for one in keys if one.startswith(f"{key}.")]
+    if inside:
+        return f"'{key}' is a section; set its keys: {', '.join(inside)}"
+    same_name = [one for one in keys if one.split(".")[-1] == key]
+    hint = f"; did you mean {' or '.join(same_name)}?" if same_name else _did_you_mean(key, keys)
+    return f"unknown key '{key}'{hint}"
+
+
+def _did_you_mean(given: str, allowed: list[str]) -> str:
+    """'; did you mean ...?' with the nearest of `allowed`, if one is near."""
+    near = difflib.get_close_matches(given, allowed, 1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _plain(value: Any) -> Any:
+    """`value` of dicts, lists and what YAML has itself."""
+    if is_dataclass(value):
+        return {one.name: _plain(getattr(value, one.name)) for one in fields(value)}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def _value_problems(section: Any, prefix: str) -> Iterator[str]:
+    """The sentences of `section` and the sections in it."""
     for one in fields(section):
         value = getattr(section, one.name)
         if is_dataclass(value):
@@ -246,7 +343,8 @@ def _value_problems(section: Any, prefix: str) -> Iterator[str]:
 
 def _documented(section: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
     """(key, value, doc) of every leaf; the doc is the string below the field."""
-    body = cast(ast.ClassDef, ast.parse(inspect.getsource(type(section))).body[0]).body
+    source = textwrap.dedent(inspect.getsource(type(section)))
+    body = cast(ast.ClassDef, ast.parse(source).body[0]).body
     docs = {}
     for above, below in itertools.pairwise(body):
         if isinstance(above, ast.AnnAssign) and isinstance(below, ast.Expr):

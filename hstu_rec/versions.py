@@ -22,17 +22,26 @@ def check_triple() -> None:
     """Raises ImportError that names the right torch, fbgemm, torchrec when the installed ones do not fit."""
     torch_version = _installed("torch") or "none"
     found = (_installed(*FBGEMM_NAMES), _installed("torchrec"))
+    # Builds from PyTorch's own indexes are called 1.6.0+cu130.
+    releases = tuple(one and one.split("+")[0] for one in found)
     wanted = TRIPLES.get(".".join(torch_version.split(".")[:2]))
-    if wanted is not None and found == wanted:
+    is_cuda_fbgemm_on_cpu_torch = torch_version.endswith("+cpu") and not _installed(FBGEMM_NAMES[0])
+    if releases == wanted and not is_cuda_fbgemm_on_cpu_torch:
         return
     table = "; ".join(
         f"torch {torch} with fbgemm {fbgemm} and torchrec {torchrec}"
         for torch, (fbgemm, torchrec) in TRIPLES.items()
     )
     raise ImportError(
-        f"torch {torch_version}, fbgemm {found[0]} and torchrec {found[1]} do not belong together; "
-        f"install one of: {table} (fbgemm is 'fbgemm-gpu-cpu' without CUDA, else 'fbgemm-gpu')"
+        f"torch {torch_version}, {_fbgemm_name()} {found[0]} and torchrec {found[1]} do not belong "
+        f"together; install one of: {table} (fbgemm is 'fbgemm-gpu-cpu' with a CPU build of torch, else "
+        "'fbgemm-gpu'), as requirements/ does it"
     )
+
+
+def _fbgemm_name() -> str:
+    """What the installed fbgemm is called."""
+    return next((name for name in FBGEMM_NAMES if _installed(name)), "fbgemm")
 
 
 def versions() -> dict[str, str | None]:

@@ -1,64 +1,71 @@
 """Installs the pinned CPU environment into the Python that runs this; nothing of CUDA is downloaded.
 
-torch's CPU build comes from PyTorch's own CPU index where a short probe reaches it, else from what pip
-finds by itself, if that is a CPU build.
+torch's CPU build comes from PyTorch's own CPU index where a short probe reaches it, else from where pip
+looks by itself. The version's local part, +cpu, is what keeps the CUDA build of the public index away.
 """
 
-import json
 import subprocess
 import sys
-import urllib.error
+import threading
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 TORCH = "2.13.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PROBE_TIMEOUT_S = 5
-PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+PIP_INSTALL = [
+    *(sys.executable, "-m", "pip", "install"),
+    *("--disable-pip-version-check", "--no-input", "-qq", "--no-deps"),
+]
 
 
-def is_cpu_index_reachable() -> bool:
-    """True when PyTorch's CPU index answers in time."""
-    try:
-        with urllib.request.urlopen(f"{CPU_INDEX}/torch/", timeout=PROBE_TIMEOUT_S) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, TimeoutError, ConnectionError, OSError):
-        return False
+def is_reachable(url: str, timeout_s: float = PROBE_TIMEOUT_S) -> bool:
+    """True when `url` answers within `timeout_s`, name resolution and every retry included."""
+    answers = []
+
+    def probe() -> None:
+        try:
+            with urllib.request.urlopen(url, timeout=timeout_s) as answer:
+                answers.append(answer.status)
+        except (OSError, HTTPException):
+            # No such name, no route, refused, timed out, a bad certificate, an HTTP error, no HTTP.
+            answers.append(0)
+
+    # A thread, because a socket's timeout does not limit the name resolution.
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return answers == [200]
 
 
-def torch_arguments() -> list[str]:
-    """pip's arguments for a CPU build of torch; exits with a sentence when there is none."""
-    if is_cpu_index_reachable():
-        return ["--index-url", CPU_INDEX, f"torch=={TORCH}+cpu"]
-    dry_run = [
-        "install",
-        "--dry-run",
-        "--quiet",
-        "--ignore-installed",
-        "--no-deps",
-        "--report",
-        "-",
-    ]
-    # Metadata alone is read where the index offers it; a local file costs nothing.
-    answer = subprocess.run(
-        [*PIP, *dry_run, "--retries", "1", f"torch=={TORCH}+cpu"], capture_output=True, text=True
-    )
-    if answer.returncode == 0:
-        found = json.loads(answer.stdout)["install"][0]["metadata"]["version"]
-        return [f"torch=={found}"]
+def install_torch() -> None:
+    """Installs the CPU build of torch; exits with a sentence when there is none."""
+    is_index_up = is_reachable(f"{CPU_INDEX}/torch/")
+    sources = [["--index-url", CPU_INDEX]] if is_index_up else []
+    for source in [*sources, []]:
+        command = [*PIP_INSTALL, "--retries", "1", *source, f"torch=={TORCH}+cpu"]
+        if subprocess.run(command).returncode == 0:
+            return
+    state = "answers, but pip could not install from it" if is_index_up else "does not answer"
     sys.exit(
-        f"error: {CPU_INDEX} does not answer, and pip finds no CPU build of torch {TORCH} elsewhere; "
-        f"put torch-{TORCH}+cpu's wheel where pip looks (pip config set global.find-links FOLDER)"
+        f"error: {CPU_INDEX} {state}, and pip finds no CPU build of torch {TORCH} for Python "
+        f"{sys.version_info.major}.{sys.version_info.minor} elsewhere; put the wheel of torch "
+        f"{TORCH}+cpu where pip looks (pip config set global.find-links FOLDER)"
     )
 
 
 def main() -> None:
-    subprocess.run([*PIP, "install", "--quiet", "--no-deps", *torch_arguments()], check=True)
-    pins = Path(__file__).with_name("cpu.txt")
+    """Installs torch and the pins beside this file, then checks the build that is there."""
+    print(f"installing torch {TORCH}+cpu and requirements/cpu.txt, about a minute", flush=True)
+    install_torch()
     # --no-deps: torchrec asks for an unpinned fbgemm-gpu, which is the CUDA build.
-    subprocess.run([*PIP, "install", "--quiet", "--no-deps", "-r", str(pins)], check=True)
-    check = "import torch; assert torch.version.cuda is None, 'a CUDA build of torch was installed'"
-    subprocess.run([sys.executable, "-c", check], check=True)
+    pins = Path(__file__).with_name("cpu.txt")
+    if subprocess.run([*PIP_INSTALL, "-r", str(pins)]).returncode:
+        sys.exit(f"error: pip could not install {pins.name}; its last lines above say why")
+    check = "import sys, torch; sys.exit(torch.version.cuda is not None)"
+    if subprocess.run([sys.executable, "-c", check]).returncode:
+        sys.exit(f"error: the torch that was installed is no working CPU build of {TORCH}")
 
 
 if __name__ == "__main__":

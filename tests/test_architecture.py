@@ -1,0 +1,193 @@
+"""The shape of the package, held: imports point down, few readers of the environment, small functions."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "hstu_rec"
+
+# Highest first; a module imports only from layers below its own. data and ops are packages of modules
+# that may import each other without a cycle. The lazy names of hstu_rec/__init__.py are not imports.
+LAYERS = [
+    {"trainer"},
+    {"config"},
+    {"report", "baselines"},
+    {"evaluator"},
+    {"model", "hstu"},
+    {"encoder", "loss", "item_table"},
+    {"data", "ops"},
+    {"checkpoint", "tracking"},
+    {"distributed", "versions"},
+]
+TORCHREC_USERS = {"item_table.py", "data/batch.py", "trainer.py", "model.py"}
+ENVIRONMENT_READERS = {"distributed.py"}
+
+MAX_FILE_LINES = 450
+MAX_FUNCTION_LINES = 60
+MAX_ARGUMENTS = 7
+# The front door of an operator takes its tensors one by one, by name.
+MANY_ARGUMENTS = {"ops"}
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+SCRIPTS = sorted([*(ROOT / "apps").glob("*.py"), *(ROOT / ".torchx").glob("*.py")])
+SCRIPTS += sorted((ROOT / "requirements").glob("*.py"))
+ALL = SOURCES + SCRIPTS
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def each_file(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", paths, ids=name_of)
+
+
+def part_of(path: Path) -> str:
+    """The layer member a source belongs to: its module, or its folder."""
+    inside = path.relative_to(PACKAGE)
+    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Full names of everything that `path` imports, also inside functions and for types only."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_parts(path: Path) -> set[str]:
+    """The members of LAYERS that `path` imports."""
+    names = [name.split(".") for name in imported_modules(path)]
+    return {parts[1] for parts in names if parts[0] == "hstu_rec" and len(parts) > 1}
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def layer_of(part: str) -> int:
+    found = [index for index, members in enumerate(LAYERS) if part in members]
+    assert len(found) == 1, f"'{part}' has no place in LAYERS"
+    return found[0]
+
+
+@each_file([path for path in SOURCES if path != PACKAGE / "__init__.py"])
+def test_imports_point_strictly_down(path: Path) -> None:
+    own = part_of(path)
+    above = {
+        part for part in imported_parts(path) if part != own and not layer_of(part) > layer_of(own)
+    }
+    assert not above, f"{name_of(path)} imports {above}, which is not below it"
+
+
+@pytest.mark.parametrize("package", ["data", "ops"])
+def test_the_modules_of_a_package_import_each_other_without_a_cycle(package: str) -> None:
+    waiting = {
+        path.stem: {
+            name.split(".")[2]
+            for name in imported_modules(path)
+            if name.startswith(f"hstu_rec.{package}.")
+        }
+        for path in (PACKAGE / package).glob("*.py")
+    }
+    while free := [name for name, wanted in waiting.items() if not wanted & set(waiting)]:
+        for name in free:
+            del waiting[name]
+    assert not waiting, f"hstu_rec/{package} has a cycle among {sorted(waiting)}"
+
+
+@each_file(ALL)
+def test_torchrec_is_imported_in_few_places(path: Path) -> None:
+    users = {name.split(".")[0] for name in imported_modules(path)} & {"torchrec", "fbgemm_gpu"}
+    if users:
+        assert path.relative_to(PACKAGE).as_posix() in TORCHREC_USERS
+
+
+@each_file(ALL)
+def test_the_environment_is_read_in_one_module(path: Path) -> None:
+    reads = [
+        node.lineno
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv"))
+        or (isinstance(node, ast.ImportFrom) and node.module == "os" and "env" in ast.unparse(node))
+    ]
+    if reads:
+        assert path.name in ENVIRONMENT_READERS, f"{name_of(path)} reads it in lines {reads}"
+
+
+@each_file([*ALL, *sorted((ROOT / "tests").rglob("*.py"))])
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
+
+
+@each_file([*ALL, *sorted((ROOT / "tests").rglob("*.py"))])
+def test_functions_are_short(path: Path) -> None:
+    long = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in functions(path)
+        if node.end_lineno is not None and node.end_lineno - node.lineno >= MAX_FUNCTION_LINES
+    }
+    assert not long
+
+
+@each_file(ALL)
+def test_functions_take_few_arguments(path: Path) -> None:
+    many = {}
+    for node in functions(path):
+        given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        names = [one.arg for one in given if one.arg not in ("self", "cls", "ctx")]
+        if len(names) > MAX_ARGUMENTS:
+            many[node.name] = len(names)
+    if path.is_relative_to(PACKAGE) and part_of(path) in MANY_ARGUMENTS:
+        many = {}
+    assert not many
+
+
+@each_file(ALL)
+def test_nothing_is_unpickled(path: Path) -> None:
+    names = {name.split(".")[0] for name in imported_modules(path)}
+    assert not names & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        keywords = {one.arg: ast.unparse(one.value) for one in node.keywords}
+        assert keywords.get("weights_only", "True") == "True", f"line {node.lineno}"
+        assert keywords.get("allow_pickle", "False") == "False", f"line {node.lineno}"
+        if called == "torch.load":
+            assert "weights_only" in keywords, f"line {node.lineno}"
+
+
+@each_file(ALL)
+def test_no_error_is_swallowed(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"line {node.lineno}: except without a class"
+            assert not all(isinstance(one, ast.Pass) for one in node.body), f"line {node.lineno}"
+
+
+@each_file([path for path in SOURCES if path.stat().st_size])
+def test_everything_public_is_typed_and_documented(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), "the module has no docstring"
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        assert ast.get_docstring(node), f"{node.name} has no docstring"
+        if isinstance(node, ast.FunctionDef):
+            assert node.returns is not None, f"{node.name} has no return type"
+            untyped = [one.arg for one in node.args.args if one.annotation is None]
+            assert not untyped, f"{node.name}: {untyped} have no type"
+
+
+def test_every_script_of_apps_is_small() -> None:
+    for path in (ROOT / "apps").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 60 or path.name == "benchmark.py"

@@ -1,0 +1,73 @@
+"""Popularity and co-occurrence against their slow definition, and on Amazon Beauty."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hstu_rec import baselines
+from hstu_rec.baselines import WINDOW, baseline_metrics
+from hstu_rec.data.dataset import Dataset
+from hstu_rec.data.prepare import PrepareConfig, prepare
+from tests import oracles
+from tests.datasets import write_dataset
+
+BEAUTY = Path(__file__).parents[2] / "shared/data/amazon2014_beauty_5core.parquet"
+KS = [1, 5, 10]
+
+
+def random_sequences(seed, num_users=40, num_items=30):
+    random = np.random.default_rng(seed)
+    # Skewed, with repeats within a user, items never in training, and users of one or two events.
+    return [
+        (num_items * random.random(random.integers(1, 14)) ** 2).astype(int).tolist()
+        for _ in range(num_users)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("split", "num_held_out"), [("valid", 2), ("test", 1)])
+def test_both_rows_equal_their_slow_definition(tmp_path, monkeypatch, split, num_held_out, seed):
+    monkeypatch.setattr(baselines, "BATCH_USERS", 7)
+    sequences = random_sequences(seed)
+    result = baseline_metrics(write_dataset(tmp_path / "data", sequences, num_items=33), split, KS)
+    expected = oracles.baseline_ranks(sequences, 33, num_held_out, WINDOW)
+    for name in ("popularity", "co_occurrence"):
+        allowed, masked = zip(*expected[name], strict=True)
+        assert result[name]["seen_allowed"] == pytest.approx(oracles.metrics(allowed, KS))
+        assert result[name]["seen_masked"] == pytest.approx(oracles.metrics(masked, KS))
+
+
+def test_co_occurrence_finds_a_planted_companion_that_popularity_does_not(tmp_path):
+    pairs = [[4, 2 * place, 2 * place + 1, 2 * place, 2 * place + 1] for place in range(3, 40)] * 3
+    result = baseline_metrics(write_dataset(tmp_path / "data", pairs), "test", KS)
+    assert result["co_occurrence"]["seen_allowed"]["recall@5"] == 1
+    assert result["popularity"]["seen_allowed"]["recall@1"] == 0
+
+
+def test_held_out_events_are_not_counted(tmp_path):
+    # Item 5 is only ever a test target: never popular, never together with anything.
+    result = baseline_metrics(write_dataset(tmp_path / "data", [[0, 1, 2, 3, 5]] * 4), "test", [5])
+    for name in ("popularity", "co_occurrence"):
+        assert result[name]["seen_allowed"] == {"recall@5": 0, "ndcg@5": 0, "mrr": 1 / 6}
+
+
+@pytest.mark.skipif(not BEAUTY.exists(), reason="the data sets beside the repository are absent")
+def test_beauty_gives_these_fractions(tmp_path):
+    prepare(PrepareConfig(), BEAUTY, tmp_path / "beauty")
+    dataset = Dataset(tmp_path / "beauty")
+    begin = time.perf_counter()
+    result = baseline_metrics(dataset, "test", [10])
+    assert time.perf_counter() - begin < 30
+    hits = {
+        (name, part): round(values["recall@10"] * 22_363, 6)
+        for name, parts in result.items()
+        for part, values in parts.items()
+    }
+    assert hits == {
+        ("popularity", "seen_masked"): 245,
+        ("popularity", "seen_allowed"): 238,
+        ("co_occurrence", "seen_masked"): 1703,
+        ("co_occurrence", "seen_allowed"): 1583,
+    }

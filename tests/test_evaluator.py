@@ -1,0 +1,194 @@
+"""Exact ranks in one process: the definition, rounding, ties, bad values; metrics."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hstu_rec import evaluator
+from hstu_rec.config import load
+from hstu_rec.evaluator import EvalConfig, ItemShard, Queries, rank_metrics, rank_targets
+from tests import oracles
+
+
+def jagged(lists):
+    flat = torch.tensor([item for items in lists for item in items], dtype=torch.int64)
+    offsets = torch.tensor([0, *(len(items) for items in lists)], dtype=torch.int64).cumsum(0)
+    return flat, offsets
+
+
+def make_queries(items, vectors, targets, seen=None):
+    targets = torch.as_tensor(targets, dtype=torch.int64)
+    return Queries(vectors, items[targets], targets, *jagged(seen or [[]] * len(targets)))
+
+
+def ranks_of(items, vectors, targets, seen=None, chunk_items=7):
+    queries = make_queries(items, vectors, targets, seen)
+    allowed, masked = rank_targets(queries, ItemShard(items, 0, len(items)), chunk_items)
+    return allowed.tolist(), masked.tolist()
+
+
+def oracle(items, vectors, targets, seen=None):
+    seen = seen or [[]] * len(targets)
+    return oracles.ranks(items.numpy(), vectors.numpy(), np.asarray(targets), seen)
+
+
+def normal(*shape, seed=0, scale=1.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def test_the_best_item_has_rank_0_and_the_worst_the_last():
+    items = torch.tensor([[1.0], [4.0], [2.0], [3.0]])
+    assert ranks_of(items, torch.ones(4, 1), [0, 1, 2, 3])[0] == [3, 0, 2, 1]
+
+
+def test_ties_are_never_hits():
+    items = torch.tensor([[1.0], [2.0], [2.0], [2.0]])
+    assert ranks_of(items, torch.ones(4, 1), [0, 1, 2, 3])[0] == [3, 2, 2, 2]
+
+
+@pytest.mark.parametrize("dim", [1, 5, 64])
+@pytest.mark.parametrize("chunk_items", [1, 8, 1000])
+def test_a_table_of_equal_rows_ranks_every_target_last(dim, chunk_items):
+    items = normal(1, dim).expand(60, dim).contiguous()
+    allowed, masked = ranks_of(
+        items, normal(9, dim, seed=1), range(9), [[0, 1, 2]] * 9, chunk_items
+    )
+    assert allowed == [59] * 9
+    assert masked == [57] * 3 + [56] * 6
+
+
+def test_the_target_is_never_masked_and_repeats_of_a_seen_item_count_once():
+    items = torch.tensor([[5.0], [4.0], [3.0], [2.0]])
+    seen = [[1, 1, 1, 2], [2, 2], [3, 3], []]
+    assert ranks_of(items, torch.ones(4, 1), [2, 2, 2, 2], seen) == ([2, 2, 2, 2], [1, 2, 2, 2])
+
+
+@pytest.mark.parametrize("chunk_items", [1, 13, 500])
+@pytest.mark.parametrize("max_numbers", [1, 2**20])
+def test_scores_within_rounding_are_decided_exactly(monkeypatch, chunk_items, max_numbers):
+    monkeypatch.setattr(evaluator, "MAX_EXACT_NUMBERS", max_numbers)
+    monkeypatch.setattr(evaluator, "MAX_BLOCK_SCORES", 40)
+    dim, num_items = 33, 120
+    items = normal(1, dim).repeat(num_items, 1)
+    place = torch.arange(num_items)
+    items[place, place % dim] *= 1 + 2.0**-23 * (place % 3 - 1)
+    vectors = normal(6, dim, seed=1)
+    targets = [0, 1, 2, 60, 61, 119]
+    seen = [list(range(0, 120, step)) for step in (1, 2, 3, 5, 7, 11)]
+    coarse = vectors @ items.T
+    float32_ranks = (coarse >= coarse[range(6), targets][:, None]).sum(1) - 1
+    expected = oracle(items, vectors, targets, seen)
+    assert float32_ranks.tolist() != expected[0], "float32 alone should get this wrong"
+    assert ranks_of(items, vectors, targets, seen, chunk_items) == expected
+
+
+@pytest.mark.parametrize(
+    ("query_scale", "item_scale"), [(1e20, 1e20), (1e-20, 1e-22), (1e30, 1e-30)]
+)
+def test_products_that_overflow_or_vanish_in_float32_are_ranked_exactly(query_scale, item_scale):
+    items, vectors = normal(50, 8, scale=item_scale), normal(10, 8, seed=1, scale=query_scale)
+    assert ranks_of(items, vectors, range(10)) == oracle(items, vectors, range(10))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_ranks_equal_the_slow_formula(data):
+    num_items = data.draw(st.integers(1, 25), "items")
+    num_queries = data.draw(st.integers(1, 6), "queries")
+    dim = data.draw(st.sampled_from([1, 2, 3, 7, 16]), "dim")
+    # Few distinct values make ties and near-ties; the rest is any float32.
+    number = st.one_of(
+        st.sampled_from([0.0, 1.0, -1.0, 1.0 + 2.0**-23, 0.1]),
+        st.floats(-(2.0**63), 2.0**63, width=32),
+    )
+
+    def rows(count):
+        size = count * dim
+        return torch.tensor(data.draw(st.lists(number, min_size=size, max_size=size))).view(-1, dim)
+
+    items, vectors = rows(num_items), rows(num_queries)
+    item = st.integers(0, num_items - 1)
+    targets = data.draw(st.lists(item, min_size=num_queries, max_size=num_queries))
+    seen = [data.draw(st.lists(item, max_size=8)) for _ in targets]
+    chunk_items = data.draw(st.integers(1, 30))
+    assert ranks_of(items, vectors, targets, seen, chunk_items) == oracle(
+        items, vectors, targets, seen
+    )
+
+
+def test_neither_tf32_nor_autocast_changes_a_rank():
+    items, vectors = normal(3000, 32), normal(20, 32, seed=1)
+    expected = ranks_of(items, vectors, range(20), chunk_items=1000)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert ranks_of(items, vectors, range(20), chunk_items=1000) == expected
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["vectors", "target_vectors", "shard"])
+def test_values_that_are_not_finite_are_an_error(bad, where):
+    items, vectors = normal(20, 4), normal(3, 4, seed=1)
+    queries = make_queries(items, vectors, [0, 1, 2])
+    shard = ItemShard(items.clone(), 0, 20)
+    (shard.vectors if where == "shard" else getattr(queries, where))[-1, 2] = bad
+    with pytest.raises(FloatingPointError, match="NaN or infinity"):
+        rank_targets(queries, shard, 7)
+
+
+@pytest.mark.parametrize("bad", [-1, 20, 2**40])
+@pytest.mark.parametrize("is_target", [True, False])
+def test_ids_outside_the_catalogue_are_an_error_that_names_them(bad, is_target):
+    items, ids = normal(20, 4), torch.tensor([bad if is_target else 3])
+    seen, offsets = jagged([[1, 2 if is_target else bad]])
+    queries = Queries(items[:1], items[:1], ids, seen, offsets)
+    with pytest.raises(ValueError, match=rf"outside the catalogue 0\.\.19.*\[{bad}\]"):
+        rank_targets(queries, ItemShard(items, 0, 20), 7)
+
+
+def test_no_query_and_no_row_give_no_rank_and_no_count():
+    items = normal(20, 4)
+    assert ranks_of(items, torch.zeros(0, 4), []) == ([], [])
+    queries = make_queries(items, normal(2, 4, seed=1), [4, 5], [[1], [2]])
+    allowed, masked = rank_targets(queries, ItemShard(items[:0], 20, 20), 7)
+    assert allowed.tolist() == masked.tolist() == [0, 0]
+
+
+def test_metrics_of_known_ranks_are_these_fractions():
+    result = rank_metrics(torch.tensor([0, 1, 5, 2, 100]), [3, 1, 6])
+    assert result == {
+        "recall@1": 1 / 5,
+        "ndcg@1": 1 / 5,
+        "recall@3": 3 / 5,
+        "ndcg@3": pytest.approx((1 + 1 / np.log2(3) + 1 / 2) / 5, rel=1e-15),
+        "recall@6": 4 / 5,
+        "ndcg@6": pytest.approx((1 + 1 / np.log2(3) + 1 / 2 + 1 / np.log2(7)) / 5, rel=1e-15),
+        "mrr": pytest.approx((1 + 1 / 2 + 1 / 6 + 1 / 3 + 1 / 101) / 5, rel=1e-15),
+    }
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=200), st.randoms())
+def test_metrics_equal_the_written_out_formulas_and_do_not_depend_on_order(ranks, random):
+    result = rank_metrics(torch.tensor(ranks), [1, 10, 50])
+    assert result == pytest.approx(oracles.metrics(ranks, [1, 10, 50]), rel=1e-12)
+    random.shuffle(ranks)
+    assert rank_metrics(torch.tensor(ranks), [1, 10, 50]) == result
+
+
+def test_metrics_of_no_query_are_an_error():
+    with pytest.raises(ValueError, match="no query"):
+        rank_metrics(torch.zeros(0, dtype=torch.int64), [10])
+
+
+def test_eval_settings_load_and_all_their_problems_are_told_at_once():
+    assert load(EvalConfig, ["ks=[2,7]", "batch_users=3"]) == EvalConfig(ks=[2, 7], batch_users=3)
+    problems = EvalConfig(ks=[5, 5], batch_users=0, chunk_items=-1).problems()
+    assert [problem.split()[0] for problem in problems] == ["batch_users", "chunk_items", "ks"]
+    assert EvalConfig(ks=[]).problems() and EvalConfig(ks=[0, 1]).problems()
+    assert not EvalConfig().problems()

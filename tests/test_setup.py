@@ -1,0 +1,245 @@
+"""The installation: what is pinned, where torch comes from, what works without the rest."""
+
+import ast
+import importlib.util
+import re
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from importlib.metadata import PackageNotFoundError
+from itertools import chain
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import hstu_rec
+from hstu_rec import versions as versions_module
+from hstu_rec.versions import TRIPLES, check_triple, versions
+
+ROOT = Path(__file__).parent.parent
+REQUIREMENTS = ROOT / "requirements"
+
+
+@pytest.fixture
+def install() -> ModuleType:
+    """requirements/install.py as a module of its own."""
+    spec = importlib.util.spec_from_file_location("install", REQUIREMENTS / "install.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pins(name: str) -> dict[str, str]:
+    """{package: version} of a requirements file; every line must pin one."""
+    lines = (REQUIREMENTS / name).read_text().splitlines()
+    wanted = [line for line in lines if line and not line.startswith(("#", "--"))]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.+]*", line) for line in wanted)
+    return dict(line.lower().replace("_", "-").split("==") for line in wanted)
+
+
+def test_the_cpu_environment_is_pinned_and_holds_nothing_of_cuda(install: ModuleType) -> None:
+    pinned = pins("cpu.txt")
+    assert not [name for name in pinned if re.search("nvidia|cuda|triton|cu1", name)]
+    assert "fbgemm-gpu" not in pinned
+    assert "torch" not in pinned  # install.py chooses where it comes from
+    assert (pinned["fbgemm-gpu-cpu"], pinned["torchrec"]) == TRIPLES[install.TORCH[:4]]
+
+
+def test_the_cuda_requirements_are_a_triple_that_works() -> None:
+    pinned = pins("cuda.txt")
+    release = ".".join(pinned["torch"].split(".")[:2])
+    assert (pinned["fbgemm-gpu"], pinned["torchrec"]) == TRIPLES[release]
+
+
+def test_every_dependency_of_the_project_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    names = {re.match(r"[A-Za-z0-9-]+", one)[0] for one in wanted}  # pyright: ignore
+    assert names - {"torch"} <= set(pins("cpu.txt"))
+
+
+def test_a_server_that_never_answers_is_not_waited_for(install: ModuleType) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began_at = time.monotonic()
+        assert not install.is_reachable(f"http://127.0.0.1:{silent.getsockname()[1]}/", 0.5)
+        assert time.monotonic() - began_at < 3
+    assert not install.is_reachable("http://127.0.0.1:1/", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("is_up", "succeeds_from_index", "expected_sources"),
+    [(True, True, ["index"]), (True, False, ["index", "own"]), (False, False, ["own"])],
+)
+def test_torch_comes_from_its_cpu_index_or_else_from_where_pip_looks(
+    is_up: bool,
+    succeeds_from_index: bool,
+    expected_sources: list[str],
+    install: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[str] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess:
+        assert command[-1] == f"torch=={install.TORCH}+cpu"  # the CUDA build can never match
+        assert "--no-deps" in command
+        tried.append("index" if install.CPU_INDEX in command else "own")
+        return subprocess.CompletedProcess(command, 0 if len(tried) == len(expected_sources) else 1)
+
+    monkeypatch.setattr(install, "is_reachable", lambda url: is_up)
+    monkeypatch.setattr(install.subprocess, "run", run)
+    install.install_torch()
+    assert tried == expected_sources
+    assert succeeds_from_index == (tried == ["index"])
+
+
+def test_without_a_cpu_build_the_installation_stops_with_a_sentence(
+    install: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(install, "is_reachable", lambda url: False)
+    failed = subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(install.subprocess, "run", lambda command, **_: failed)
+    with pytest.raises(SystemExit, match=r"does not answer, and pip finds no CPU build of torch"):
+        install.main()
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_one_command_makes_the_environment_and_does_the_work(target: str, tmp_path: Path) -> None:
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    (tmp_path / "requirements").mkdir()
+    for name in ("requirements/install.py", "requirements/cpu.txt", "pyproject.toml"):
+        (tmp_path / name).touch()
+    done = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    steps = ["-m venv --clear .venv", "requirements/install.py", "--no-deps", "touch .venv/.stamp"]
+    steps += {"demo": ["apps/train.py configs/demo.yaml"], "test": ["-m pytest"]}[target]
+    places = [done.stdout.find(step) for step in steps]
+    assert places == sorted(places) and places[0] >= 0
+
+
+def fake_versions(monkeypatch: pytest.MonkeyPatch, **installed: str) -> None:
+    def version(name: str) -> str:
+        if name.replace("-", "_") not in installed:
+            raise PackageNotFoundError(name)
+        return installed[name.replace("-", "_")]
+
+    monkeypatch.setattr(versions_module, "version", version)
+
+
+@pytest.mark.parametrize(
+    "installed",
+    [
+        {"torch": "2.13.0+cpu", "fbgemm_gpu_cpu": "1.8.0", "torchrec": "1.8.0"},
+        {"torch": "2.11.0+cu130", "fbgemm_gpu": "1.6.0", "torchrec": "1.6.1"},
+        {"torch": "2.11.0+cu130", "fbgemm_gpu": "1.6.0+cu130", "torchrec": "1.6.1+cu130"},
+    ],
+)
+def test_versions_that_belong_together_are_accepted(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_versions(monkeypatch, **installed)
+    check_triple()
+    assert versions()["torch"] == installed["torch"]
+
+
+@pytest.mark.parametrize(
+    "installed",
+    [
+        {},
+        {"torch": "2.13.0+cpu"},
+        {"torch": "2.13.0+cpu", "fbgemm_gpu_cpu": "1.9.0", "torchrec": "1.9.2"},
+        {"torch": "2.13.0+cpu", "fbgemm_gpu": "1.8.0", "torchrec": "1.8.0"},
+        {"torch": "2.13.0+cpu", "fbgemm_gpu_cpu": "1.8.0", "torchrec": "1.6.1"},
+        {"torch": "2.11.0+cu130", "fbgemm_gpu": "1.8.0", "torchrec": "1.8.0"},
+        {"torch": "3.0.0", "fbgemm_gpu": "1.8.0", "torchrec": "1.8.0"},
+    ],
+)
+def test_versions_that_do_not_belong_together_name_the_right_ones(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_versions(monkeypatch, **installed)
+    with pytest.raises(ImportError, match=r"torch 2\.13 with fbgemm 1\.8\.0 and torchrec 1\.8\.0"):
+        check_triple()
+
+
+def test_the_installed_versions_belong_together() -> None:
+    check_triple()
+
+
+def test_the_package_says_its_version_once() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{hstu_rec.__version__}"' in project
+
+
+BLOCK = """
+import sys
+
+class Blocked:
+    names = {"torchrec", "fbgemm_gpu", "torchx", "duckdb", "pyarrow"}
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.names:
+            raise ImportError(f"{name} is blocked")
+        return None
+
+sys.meta_path.insert(0, Blocked())
+"""
+ENCODER_ALONE = (
+    BLOCK
+    + """
+import torch
+import hstu_rec
+
+assert "torch" in sys.modules and "hstu_rec.encoder" not in sys.modules
+assert {"HSTU", "HSTUEncoder", "RunConfig"} <= set(dir(hstu_rec))
+encoder = hstu_rec.HSTUEncoder(hstu_rec.EncoderConfig(dim=8, num_heads=2))
+offsets = torch.tensor([0, 2, 2, 5])
+out = encoder(torch.randn(5, 8), offsets, torch.arange(5), torch.arange(5))
+assert out.shape == (5, 8) and out.isfinite().all()
+model = hstu_rec.HSTU(num_items=10, hidden_dim=8, num_heads=2, num_layers=1, max_seq_len=4)
+ids = torch.tensor([[0, 3, 4], [1, 2, 0]])
+logits = model(ids, torch.arange(6).view(2, 3), ids != 0)
+assert logits.shape == (2, 3, 11) and logits[0, 1, 1:].isfinite().all()
+assert not Blocked.names & {name.split(".")[0] for name in sys.modules}
+print("done")
+"""
+)
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_encoder_works_without_torchrec_fbgemm_torchx_duckdb_and_pyarrow() -> None:
+    done = run_python(ENCODER_ALONE)
+    assert done.stdout == "done\n", done.stderr
+
+
+def test_the_blocked_imports_are_really_blocked() -> None:
+    assert "pyarrow is blocked" in run_python(BLOCK + "import hstu_rec.data.dataset").stderr
+
+
+def test_every_public_name_can_be_had_and_others_are_refused() -> None:
+    for name in hstu_rec.__all__:
+        assert getattr(hstu_rec, name).__name__ == name
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = hstu_rec.no_such_name
+
+
+def test_the_lazy_names_are_those_that_type_checkers_see() -> None:
+    tree = ast.parse((ROOT / "hstu_rec" / "__init__.py").read_text())
+    typed = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: node.module
+        for node in typed.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == {name: f"hstu_rec.{module}" for name, module in hstu_rec._MODULE_OF.items()}
+    assert sorted(seen) == sorted(hstu_rec.__all__)
