@@ -92,6 +92,11 @@ def test_products_that_overflow_or_vanish_in_float32_are_ranked_exactly(query_sc
     assert ranks_of(items, vectors, range(10)) == oracle(items, vectors, range(10))
 
 
+def test_a_float32_sum_that_overflows_on_its_way_to_a_small_score_is_not_a_hit():
+    items = torch.tensor([[1.0, 0, 0, 0], [3e38, 3e38, -3e38, -3e38], [-3e38, -3e38, 3e38, 3e38]])
+    assert ranks_of(items, torch.ones(1, 4), [0])[0] == [0]
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_ranks_equal_the_slow_formula(data):
