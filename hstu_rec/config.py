@@ -182,9 +182,9 @@ def to_yaml(config: Any) -> str:
 
 def help_text(schema: type) -> str:
     """Every key of `schema` with its default, choices and doc."""
-    lines = []
+    lines, hints = [], _hints(schema)
     for key, value, doc in _documented(schema(), ""):
-        choices = _choices(_hints(schema)[key])
+        choices = _choices(hints[key])
         lines.append(f"  {key}={_shown(value)}" + (f"  ({_listed(choices)})" if choices else ""))
         lines += [f"      {doc}"] if doc else []
     return "\n".join(lines)
