@@ -246,7 +246,8 @@ class HSTUEncoder(nn.Module):
             first = torch.repeat_interleave(offsets[:-1], lengths, output_size=x.shape[0])
             x = x + self.position_embedding[torch.arange(x.shape[0], device=x.device) - first]
         x = self.dropout(x)
-        layout = jagged_layout(offsets, timestamps if config.use_time_bias else None, query_times)
+        times = timestamps if config.use_time_bias else None
+        layout = jagged_layout(offsets, config.num_heads, times, query_times)
         for layer in self.layers:
             x = layer(x, offsets, layout, timestamps)
         return self.final_norm(x)

@@ -86,7 +86,8 @@ class ItemTable(nn.Module):
                 f"{len(bad)} item ids are outside the catalogue 0..{self.num_items - 1}, for example "
                 f"{bad[:5].tolist()}; prepare the events and the catalogue together"
             )
-        lengths = torch.ones(len(ids), dtype=torch.int64, device=ids.device)
+        # One bag of all ids: rows come back one an id whatever the bags, and lengths travel as well.
+        lengths = torch.tensor([len(ids)], device=ids.device)
         features = KeyedJaggedTensor(keys=[FEATURE], values=ids, lengths=lengths)
         return self.collection(features)[FEATURE].values()
 

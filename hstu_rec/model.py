@@ -37,7 +37,12 @@ class NextItemModel(nn.Module):
         if negatives is None:
             return self._queries(batch)
         ids = negatives.ids.to(batch.item_ids.device)
-        history, targets, rows = self._look_up(batch.item_ids, batch.target_ids, ids)
+        if negatives.is_whole_catalogue:
+            rows = self.table(ids)
+            used = rows.index_select(0, torch.cat([batch.item_ids, batch.target_ids]))
+            history, targets = used.split([len(batch.item_ids), len(batch.target_ids)])
+        else:
+            history, targets, rows = self._look_up(batch.item_ids, batch.target_ids, ids)
         encoded = self._encode(history, batch)
         return (self.loss(encoded, targets, batch.target_ids, rows, negatives),)
 

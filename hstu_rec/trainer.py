@@ -56,6 +56,7 @@ class Learner:
             lr=optim.lr,
             betas=(optim.beta1, optim.beta2),
             weight_decay=optim.weight_decay,
+            fused=True,
         )
         self.num_steps_planned = config.train.max_epochs * self.stream.num_steps(0)
         # Dropout differs between ranks; everything else is a function of the seed alone.

@@ -2,7 +2,8 @@
 
 1. users with at least two training events are permuted by a counter-based generator of (seed, epoch)
 2. the permutation is cut into global batches, by users or by events
-3. each rank takes a contiguous slice of the batch's users, reads their newest events, no padding
+3. the batch's users are dealt to the ranks by length, so that none waits for another; each rank
+   reads its users' newest events, no padding
 """
 
 from collections.abc import Iterator
@@ -89,7 +90,9 @@ class TrainStream:
         """This rank's part of a global batch; it may be empty."""
         order, bounds = self._epoch_plan(epoch)
         everyone = order[bounds[step] : bounds[step + 1]]
-        users = np.array_split(everyone, distributed.world_size())[distributed.rank()]
+        users = deal(everyone, self.positions[everyone], distributed.world_size())[
+            distributed.rank()
+        ]
         ends = self.dataset.train_ends[users]
         begins = ends - 1 - self.positions[users]
         items, times, offsets = self.dataset.gather(users, begins, ends)
@@ -106,6 +109,17 @@ class TrainStream:
             target_ids=torch.from_numpy(items[is_target]),
             num_targets_global=int(self.positions[everyone].sum()),
         )
+
+
+def deal(users: np.ndarray, costs: np.ndarray, num_hands: int) -> list[np.ndarray]:
+    """`users` in hands of nearly equal number and cost: the dearest first, to and fro like cards.
+
+    0 1 2 | 2 1 0 | 0 1 ...
+    """
+    order = users[np.argsort(-costs, kind="stable")]
+    place = np.arange(len(users)) % (2 * num_hands)
+    hand = np.minimum(place, 2 * num_hands - 1 - place)
+    return [order[hand == one] for one in range(num_hands)]
 
 
 @dataclass(frozen=True)

@@ -49,12 +49,13 @@ def jagged_attention(
         time_bias: [1, 129] or [H, 129]; needs `timestamps`.
         timestamps: int64 [T], s. query_times: int64 [T], s, what "now" is at each event; the event's
             own time when None.
-        layout: `jagged_layout(offsets, timestamps, query_times)`, to share it between layers.
+        layout: `jagged_layout(offsets, H, timestamps, query_times)`, to share it between layers.
     """
     if time_bias is not None and timestamps is None:
         raise ValueError("time_bias is given without timestamps; pass int64 timestamps [T] in s")
     if layout is None:
-        layout = jagged_layout(offsets, timestamps if time_bias is not None else None, query_times)
+        times = timestamps if time_bias is not None else None
+        layout = jagged_layout(offsets, q.shape[1], times, query_times)
     return grouped_attention(
         q, k, v, layout, kind=kind, scale=scale, position_bias=position_bias, time_bias=time_bias
     )
