@@ -130,6 +130,8 @@ def shard_model(
     sharders: list[ModuleSharder[Any]] = [EmbeddingCollectionSharder()]  # pyright: ignore
     # The planner advises those who build topologies of clusters; ours is read off the process group.
     logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
+    # torch's note to whoever traces models, once a process, at TorchRec's first lookup.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     planner = EmbeddingShardingPlanner(
         storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
         topology=Topology(
