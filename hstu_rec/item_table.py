@@ -76,20 +76,28 @@ class ItemTable(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Rows [R, D] of distinct sorted `ids`, int64 [R]; R may be 0.
 
-        Raises ValueError for ids outside the catalogue: TorchRec would read row 0 for them.
+        Raises ValueError as `check_ids` does.
         """
         from torchrec import KeyedJaggedTensor
 
-        if len(ids) and (int(ids[0]) < 0 or int(ids[-1]) >= self.num_items):
-            bad = ids[(ids < 0) | (ids >= self.num_items)]
-            raise ValueError(
-                f"{len(bad)} item ids are outside the catalogue 0..{self.num_items - 1}, for example "
-                f"{bad[:5].tolist()}; prepare the events and the catalogue together"
-            )
+        check_ids(ids, self.num_items)
         # One bag of all ids: rows come back one an id whatever the bags, and lengths travel as well.
         lengths = torch.tensor([len(ids)], device=ids.device)
         features = KeyedJaggedTensor(keys=[FEATURE], values=ids, lengths=lengths)
         return self.collection(features)[FEATURE].values()
+
+
+def check_ids(ids: Tensor, num_items: int) -> None:
+    """Raises ValueError for ids outside 0 .. num_items - 1: TorchRec would read row 0 for them."""
+    if not len(ids):
+        return
+    low, high = ids.aminmax()
+    if int(low) < 0 or int(high) >= num_items:
+        bad = ids[(ids < 0) | (ids >= num_items)]
+        raise ValueError(
+            f"{len(bad)} item ids are outside the catalogue 0..{num_items - 1}, for example "
+            f"{bad[:5].tolist()}; prepare the events and the catalogue together"
+        )
 
 
 def _fused_optimizer(config: TableConfig, device: torch.device) -> tuple[Any, dict[str, Any]]:

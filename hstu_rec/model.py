@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.encoder import HSTUEncoder
+from hstu_rec.item_table import check_ids
 from hstu_rec.loss import Negatives, SampledSoftmax
 
 
@@ -38,8 +39,11 @@ class NextItemModel(nn.Module):
             return self._queries(batch)
         ids = negatives.ids.to(batch.item_ids.device)
         if negatives.is_whole_catalogue:
+            # The rows are in the order of their ids: no unique, no copy of the table.
+            used_ids = torch.cat([batch.item_ids, batch.target_ids])
+            check_ids(used_ids, len(ids))
             rows = self.table(ids)
-            used = rows.index_select(0, torch.cat([batch.item_ids, batch.target_ids]))
+            used = rows.index_select(0, used_ids)
             history, targets = used.split([len(batch.item_ids), len(batch.target_ids)])
         else:
             history, targets, rows = self._look_up(batch.item_ids, batch.target_ids, ids)

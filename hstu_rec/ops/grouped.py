@@ -86,7 +86,8 @@ def jagged_layout(
     lengths = (starts[1:] - starts[:-1]).tolist()
     heads = torch.arange(num_heads)[:, None]
     groups: list[Group] = []
-    gathered, events, places = [], [], []
+    none = torch.zeros(0, dtype=torch.int64)
+    gathered, events, places = [none], [none], [none]
     begin = 0
     for users in length_groups(lengths):
         longest = lengths[users[0]]
@@ -107,10 +108,9 @@ def jagged_layout(
         events.append((rows.flatten()[real] * num_heads + heads).flatten())
         places.append((begin + real + rows.numel() * heads).flatten())
         begin = end
-    restore = torch.zeros(int(starts[-1]) * num_heads if len(starts) else 0, dtype=torch.int64)
-    if groups:
-        restore[torch.cat(events)] = torch.cat(places)
-    gather = torch.cat(gathered) if groups else restore
+    restore = torch.empty(int(starts[-1]) * num_heads, dtype=torch.int64)
+    restore[torch.cat(events)] = torch.cat(places)
+    gather = torch.cat(gathered)
     return JaggedLayout(groups, num_heads, gather.to(device), restore.to(device))
 
 
