@@ -100,6 +100,8 @@ class TrainConfig:
         ]
         if self.patience < 0:
             found.append(f"patience must be at least 0; got {self.patience}")
+        if not 0 <= self.seed < 2**32:
+            found.append(f"seed must be in 0..{2**32 - 1}; got {self.seed}")
         if self.resume == "auto" and not self.run_dir:
             found.append("resume 'auto' needs train.run_dir, the folder of the run to go on with")
         return found

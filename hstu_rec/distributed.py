@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -103,6 +104,11 @@ def local_world_size() -> int:
 def launched_rank() -> int:
     """The rank the launcher gave this process, known before any process group exists."""
     return int(os.environ.get("RANK", "0"))
+
+
+def mixed_seed(*parts: int) -> int:
+    """One seed of 32 bits (all that torch's CPU generator reads) from several numbers of at least 0."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def is_main() -> bool:

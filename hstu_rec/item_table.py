@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -180,8 +181,9 @@ def _initialise(rows: Tensor, first: int, std: float, seed: int) -> None:
     """Fills rows first .. first + n of the table with N(0, std), a function of seed and row."""
     end = first + len(rows)
     for block in range(first // INIT_BLOCK_ROWS, -(-end // INIT_BLOCK_ROWS)):
-        generator = torch.Generator().manual_seed((seed << 32) + block)
-        values = torch.randn(INIT_BLOCK_ROWS, rows.shape[1], generator=generator) * std
+        generator = np.random.Generator(np.random.Philox(key=[seed, block]))
+        normal = generator.standard_normal((INIT_BLOCK_ROWS, rows.shape[1]), dtype=np.float32)
+        values = torch.from_numpy(normal).mul_(std)
         start = block * INIT_BLOCK_ROWS
         low, high = max(first, start), min(end, start + INIT_BLOCK_ROWS)
         rows[low - first : high - first] = values[low - start : high - start].to(rows)

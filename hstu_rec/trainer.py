@@ -59,14 +59,14 @@ class Learner:
             fused=True,
         )
         self.num_steps_planned = config.train.max_epochs * self.stream.num_steps(0)
-        # Dropout differs between ranks; everything else is a function of the seed alone.
-        torch.manual_seed(config.train.seed * 1_000_003 + distributed.rank())
 
     def step(self, epoch: int, index: int, step: int) -> Tensor:
         """One training step; returns the mean loss over all ranks' positions, a CPU scalar.
 
         Raises FloatingPointError on all ranks, before backward changes any row, when it is not finite.
         """
+        # Dropout is a function of (seed, step, rank), so that a resumed run repeats it.
+        torch.manual_seed(distributed.mixed_seed(self.config.train.seed, step, distributed.rank()))
         batch = self.stream.batch(epoch, index).to(self.device)
         negatives = self.sampler.draw(step, batch.target_ids)
         (loss_sum,) = self.model(batch, negatives)

@@ -126,3 +126,19 @@ def test_losses_and_weights_equal_the_unsharded_model(tmp_path, world_size, sett
             np.testing.assert_allclose(result[4][name], value.numpy(), atol=2e-5, err_msg=name)
     np.testing.assert_allclose(whole_table(results, 2), rows, atol=1e-5)
     assert abs(losses[0] - losses[-1]) > 1e-3
+
+
+def initial_rows(path, seed):
+    """The untrained item table's rows on this rank, and their first item."""
+    config = make_config(path, [f"train.seed={seed}"])
+    learner = Learner(config, Dataset(path), torch.device("cpu"))
+    return [[(rows.numpy(), first) for rows, first in local_shards(learner.model)]]
+
+
+def test_the_first_rows_depend_on_the_seed_and_not_on_the_ranks(tmp_path):
+    path = tmp_path / "data"
+    make_data(path)
+    one, other = (whole_table(run_ranks(1, initial_rows, path, seed), 0) for seed in (1, 2))
+    np.testing.assert_array_equal(whole_table(run_ranks(3, initial_rows, path, 1), 0), one)
+    assert not np.isclose(one, other).any()
+    assert 0.015 < one.std() < 0.025
