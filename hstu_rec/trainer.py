@@ -67,6 +67,8 @@ class Learner:
         """
         # Dropout is a function of (seed, step, rank), so that a resumed run repeats it.
         torch.manual_seed(distributed.mixed_seed(self.config.train.seed, step, distributed.rank()))
+        # Before forward, where fbgemm's CPU kernels read the rate that their backward pass uses.
+        self._set_rates(step)
         batch = self.stream.batch(epoch, index).to(self.device)
         negatives = self.sampler.draw(step, batch.target_ids)
         (loss_sum,) = self.model(batch, negatives)
@@ -77,7 +79,6 @@ class Learner:
                 f"the loss is {float(mean)} at step {step} (epoch {epoch}, batch {index}); no row was "
                 "changed by it; lower optim.lr or table.lr"
             )
-        self._set_rates(step)
         # DDP and TorchRec both average gradients over ranks; the loss is already a global mean.
         (loss * distributed.world_size()).backward()
         if self.config.optim.clip_norm:

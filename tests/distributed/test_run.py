@@ -1,0 +1,111 @@
+"""Whole runs on several ranks: measured again at any number of them, and gone on with after a stop."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hstu_rec import trainer
+from hstu_rec.config import RunConfig, load
+from hstu_rec.trainer import evaluate_run, train
+from tests.datasets import write_dataset
+from tests.ranks import run_ranks
+
+NUM_EPOCHS = 4
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """41 users (not a multiple of 2 or 3) of 3 to 14 events, of 30 items."""
+    random = np.random.default_rng(11)
+    sequences = [random.integers(0, 30, n).tolist() for n in random.integers(3, 15, 41)]
+    path = tmp_path_factory.mktemp("run") / "data"
+    write_dataset(path, sequences, num_items=30)
+    return path
+
+
+def train_once(data: Path, folder: Path, *settings: str):
+    """result.json's content of a small run with dropout, a decaying rate and validation every epoch."""
+    small = ["encoder.dim=8", "encoder.max_history_len=9", "encoder.dropout=0.3"]
+    steps = ["data.batch_users=8", "optim.schedule=cosine", "loss.num_negatives=12"]
+    often = ["train.eval_every_epochs=1", "train.patience=0", "train.log_every_steps=1"]
+    paths = [f"data.path={data}", f"train.run_dir={folder}", "train.device=cpu"]
+    length = [f"train.max_epochs={NUM_EPOCHS}"]
+    return train(load(RunConfig, [*small, *steps, *often, *paths, *length, *settings]))
+
+
+@pytest.fixture(scope="module")
+def run(data):
+    """(folder, result) of an uninterrupted run on two ranks."""
+    folder = data.parent / "whole"
+    return folder, run_ranks(2, train_once, data, folder)[0]
+
+
+def measured(result):
+    """The part of a result that a second measurement must repeat."""
+    return {name: result[name] for name in ("test", "valid", "baselines", "protocol")}
+
+
+def train_losses(folder: Path):
+    """{step: loss} from metrics.jsonl."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def test_the_result_is_written_and_returned_alike(run):
+    folder, result = run
+    assert json.loads((folder / "result.json").read_text()) == result
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_evaluation_at_any_number_of_ranks_gives_the_figures_of_the_run(run, world_size):
+    folder, result = run
+    for again in run_ranks(world_size, evaluate_run, folder, []):
+        assert measured(again) == measured(result)
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a run early."""
+
+
+def train_two_epochs(data: Path, folder: Path, *settings: str):
+    """Ends a run of NUM_EPOCHS after two, when their checkpoint is written."""
+    validate = trainer._validate
+
+    def validate_and_stop(config, learner, dataset, folder, tracker, progress):
+        validate(config, learner, dataset, folder, tracker, progress)
+        if progress.epoch == 2:
+            raise Stopped
+
+    trainer._validate = validate_and_stop
+    with pytest.raises(Stopped):
+        train_once(data, folder, *settings)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(data, run):
+    whole, result = run
+    folder = data.parent / "resumed"
+    run_ranks(2, train_two_epochs, data, folder)
+    before = train_losses(folder)
+    resumed = run_ranks(2, train_once, data, folder, "train.resume=auto")[0]
+    assert measured(resumed) == measured(result)
+    losses = train_losses(folder)
+    assert len(before) == len(losses) // 2
+    assert losses == train_losses(
+        whole
+    )  # to the last bit: dense moments, row moments, dropout, order
+
+
+def test_a_stopped_run_goes_on_with_another_number_of_ranks(data):
+    same, other = data.parent / "same", data.parent / "other"
+    still = "encoder.dropout=0"  # dropout is drawn by each rank for its own users
+    run_ranks(2, train_two_epochs, data, same, still)
+    shutil.copytree(same, other)
+    for world_size, folder in ((2, same), (3, other)):
+        run_ranks(world_size, train_once, data, folder, "train.resume=auto", still)
+    expected, losses = train_losses(same), train_losses(other)
+    assert losses.keys() == expected.keys()
+    assert len(losses) > 10
+    np.testing.assert_allclose([losses[s] for s in expected], list(expected.values()), atol=1e-4)
