@@ -3,20 +3,20 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.stream import TrainStream
-from hstu_rec.encoder import HSTUEncoder
 from hstu_rec.item_table import local_shards
-from hstu_rec.loss import NegativeSampler, SampledSoftmax
-from hstu_rec.model import NextItemModel
+from hstu_rec.loss import NegativeSampler
 from hstu_rec.trainer import Learner
 from tests.datasets import write_dataset
 from tests.ranks import run_ranks
 
 NUM_STEPS = 8
+NUM_ITEMS = 40
 SETTINGS = {
     "uniform": ["loss.negatives=uniform", "loss.num_negatives=20"],
     "all": ["loss.negatives=all"],
@@ -42,12 +42,12 @@ def make_config(path, settings):
 
 
 def make_data(path):
-    """Users with 0 to 14 training events, of 40 items."""
+    """Users with 0 to 14 training events."""
     random = np.random.default_rng(5)
     lengths = [3, 4, *random.integers(3, 17, 30)]
-    items = [random.integers(0, 40, n).tolist() for n in lengths]
+    items = [random.integers(0, NUM_ITEMS, n).tolist() for n in lengths]
     times = [np.sort(random.integers(10**9, 10**9 + 10**6, n)).tolist() for n in lengths]
-    write_dataset(path, items, times, num_items=40)
+    write_dataset(path, items, times, num_items=NUM_ITEMS)
 
 
 def train_sharded(path, settings):
@@ -68,44 +68,88 @@ def train_sharded(path, settings):
     return losses, table, final, as_numpy, trained
 
 
-class PlainTable(nn.Module):
-    def __init__(self, rows):
-        super().__init__()
-        self.rows = nn.Parameter(rows)
+def plain_encoder(weights, x, times, next_times, config):
+    """HSTU on padded histories: x [B, L, D] (events first), times int64 [B, L]; arXiv 2402.17152, 3.2."""
+    num_users, length, dim = x.shape
+    steps = torch.arange(length)
+    distance = (steps[:, None] - steps).clamp(0, config.max_history_len - 1)
+    elapsed = (next_times[:, :, None] - times[:, None, :]).abs().clamp(min=1)
+    bucket = (elapsed.double().log() / 0.301).floor().long().clamp(max=128)
+    for layer in range(config.num_layers):
+        w = {n.removeprefix(f"layers.{layer}."): v for n, v in weights.items() if f".{layer}." in n}
+        normed = F.layer_norm(x, (dim,), w["input_norm.weight"], w["input_norm.bias"])
+        v, q, k, u = F.silu(normed @ w["project.weight"].T).chunk(4, dim=-1)
+        q, k, v = (
+            part.view(num_users, length, config.num_heads, -1).transpose(1, 2) for part in (q, k, v)
+        )
+        bias = w["position_bias"][0][distance] + w["time_bias"][0][bucket]
+        attention = F.silu(q @ k.transpose(2, 3) + bias[:, None]) / config.max_history_len
+        mixed = (attention.tril() @ v).transpose(1, 2).reshape(x.shape)
+        mixed = F.layer_norm(mixed, (dim,), w["attention_norm.weight"], w["attention_norm.bias"])
+        x = x + (mixed * u) @ w["output.weight"].T + w["output.bias"]
+    return x
 
-    def forward(self, ids):
-        return self.rows[ids]
+
+def plain_loss(rows, weights, batch, config, log_weights, log_q):
+    """Mean loss with every logit written out. log_weights [N]: -inf for items that are no candidate."""
+    lengths = batch.offsets.diff()
+    is_event = torch.arange(int(lengths.max())) < lengths[:, None]
+    items, times, next_times = (
+        torch.zeros(is_event.shape, dtype=torch.int64).masked_scatter(is_event, part)
+        for part in (batch.item_ids, batch.timestamps, batch.next_timestamps)
+    )
+    x = plain_encoder(weights, rows[items], times, next_times, config.encoder)[is_event]
+    scores = F.normalize(x, dim=1) @ F.normalize(rows, dim=1).T / config.loss.temperature
+    target = batch.target_ids[:, None]
+    own = scores.gather(1, target) - log_q[target]
+    others = (scores + log_weights).scatter(1, target, -torch.inf)
+    return (torch.cat([own, others], dim=1).logsumexp(1) - own[:, 0]).sum() / len(target)
+
+
+def candidates(config, dataset, batch, step):
+    """(log of the times each item is a candidate less its logQ [N], logQ [N]) of a step."""
+    log_q = torch.zeros(NUM_ITEMS)
+    if config.loss.negatives == "all":
+        return torch.zeros(NUM_ITEMS), log_q
+    if config.loss.negatives == "in_batch":
+        counts = torch.from_numpy(np.asarray(dataset.train_counts)).float()
+        log_q = (counts / counts.sum()).clamp(min=1e-12).log()
+        times_drawn = torch.bincount(batch.target_ids, minlength=NUM_ITEMS)
+        return times_drawn.log() - log_q, log_q
+    sampler = NegativeSampler(config.loss, NUM_ITEMS, dataset.train_counts, config.train.seed)
+    drawn = sampler.draw(step, batch.target_ids)
+    weights = torch.full((NUM_ITEMS,), -torch.inf)
+    weights[drawn.ids] = drawn.log_weights
+    return weights, log_q
 
 
 def train_plainly(path, settings, rows, encoder_state):
-    """The same steps on whole batches, with row-wise Adagrad written out."""
+    """The same steps on whole batches; encoder, loss and row-wise Adagrad written out in plain torch."""
     config, dataset = make_config(path, settings), Dataset(path)
-    table, encoder = PlainTable(torch.from_numpy(rows)), HSTUEncoder(config.encoder)
-    encoder.load_state_dict({name: torch.from_numpy(v) for name, v in encoder_state.items()})
-    model = NextItemModel(table, encoder, SampledSoftmax(config.loss))
+    rows = torch.from_numpy(rows).requires_grad_()
+    weights = {n: torch.from_numpy(v).requires_grad_() for n, v in encoder_state.items()}
     stream = TrainStream(dataset, config.data, config.encoder.max_history_len, config.train.seed)
-    sampler = NegativeSampler(config.loss, 40, dataset.train_counts, config.train.seed)
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0)
-    moment, losses, step = torch.zeros(40, 1), [], 0
+    optimizer = torch.optim.AdamW(weights.values(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0)
+    moment, losses, step = torch.zeros(NUM_ITEMS, 1), [], 0
     for epoch in range(9):
         for index in range(stream.num_steps(epoch)):
             if step == NUM_STEPS:
                 continue
             batch = stream.batch(epoch, index)
-            (loss,) = model(batch, sampler.draw(step, batch.target_ids))
-            loss = loss / batch.num_targets_global
+            loss = plain_loss(
+                rows, weights, batch, config, *candidates(config, dataset, batch, step)
+            )
             loss.backward()
-            nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(weights.values(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
-                gradient = table.rows.grad
-                moment += gradient.square().mean(1, keepdim=True)
-                table.rows -= config.table.lr * gradient / (moment.sqrt() + config.table.eps)
-                table.rows.grad = None
+                moment += rows.grad.square().mean(1, keepdim=True)
+                rows -= config.table.lr * rows.grad / (moment.sqrt() + config.table.eps)
+                rows.grad = None
             losses.append(float(loss.detach()))
             step += 1
-    return losses, table.rows.detach().numpy(), encoder.state_dict()
+    return losses, rows.detach().numpy(), {n: v.detach() for n, v in weights.items()}
 
 
 def whole_table(results, part):
