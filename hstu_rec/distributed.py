@@ -131,17 +131,31 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """All ranks' `rows` [n_r, ...] concatenated by rank: [sum n_r, ...]; n_r may differ and be 0."""
+    return all_gather_placed(rows)[0]
+
+
+def all_gather_placed(rows: torch.Tensor) -> tuple[torch.Tensor, slice]:
+    """`all_gather_rows`, and where this rank's own are among them."""
     if world_size() == 1:
-        return rows
+        return rows, slice(0, len(rows))
     sizes = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
     sizes[rank()] = rows.shape[0]
     counts = all_reduce_sum(sizes).tolist()
-    longest = max(counts)
-    padded = rows.new_zeros((longest, *rows.shape[1:]))
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
-    gathered = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(gathered, padded)
-    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+    gathered = all_gather_stacked(padded)
+    begin = sum(counts[: rank()])
+    every = torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+    return every, slice(begin, begin + len(rows))
+
+
+def all_gather_stacked(tensor: torch.Tensor) -> torch.Tensor:
+    """All ranks' `tensor` [...], equal in shape: [ranks, ...]."""
+    if world_size() == 1:
+        return tensor[None]
+    gathered = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(gathered, tensor.contiguous())
+    return torch.stack(gathered)
 
 
 def broadcast_text(text: str) -> str:

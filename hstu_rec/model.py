@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.encoder import HSTUEncoder
-from hstu_rec.item_table import check_ids
 from hstu_rec.loss import Negatives, SampledSoftmax
 
 
@@ -37,16 +36,7 @@ class NextItemModel(nn.Module):
         """
         if negatives is None:
             return self._queries(batch)
-        ids = negatives.ids.to(batch.item_ids.device)
-        if negatives.is_whole_catalogue:
-            # The rows are in the order of their ids: no unique, no copy of the table.
-            used_ids = torch.cat([batch.item_ids, batch.target_ids])
-            check_ids(used_ids, len(ids))
-            rows = self.table(ids)
-            used = rows.index_select(0, used_ids)
-            history, targets = used.split([len(batch.item_ids), len(batch.target_ids)])
-        else:
-            history, targets, rows = self._look_up(batch.item_ids, batch.target_ids, ids)
+        history, targets, rows = self._look_up(batch.item_ids, batch.target_ids, negatives.ids)
         encoded = self._encode(history, batch)
         return (self.loss(encoded, targets, batch.target_ids, rows, negatives),)
 

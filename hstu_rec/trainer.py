@@ -69,9 +69,9 @@ class Learner:
         torch.manual_seed(distributed.mixed_seed(self.config.train.seed, step, distributed.rank()))
         # Before forward, where fbgemm's CPU kernels read the rate that their backward pass uses.
         self._set_rates(step)
-        batch = self.stream.batch(epoch, index).to(self.device)
+        batch = self.stream.batch(epoch, index)
         negatives = self.sampler.draw(step, batch.target_ids)
-        (loss_sum,) = self.model(batch, negatives)
+        (loss_sum,) = self.model(batch.to(self.device), negatives.to(self.device))
         loss = loss_sum / batch.num_targets_global
         mean = distributed.all_reduce_sum(loss.detach().cpu().clone())
         if not math.isfinite(mean):
@@ -92,7 +92,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.optim.lr * factor
         if factor != 1 or self.config.optim.schedule != "constant":
-            fused = self.model.fused_optimizer
+            fused: Any = self.model.fused_optimizer
             for group in fused.param_groups:
                 group["lr"] = self.config.table.lr * factor
             fused.step()  # changes no weight: it hands the rate to the kernels

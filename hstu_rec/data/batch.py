@@ -4,7 +4,7 @@ item_ids    a b c | p q          offsets  0 3 5
 target_ids  b c d | q r          (training: every position has a target)
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ class SequenceBatch:
     def to(self, device: torch.device) -> "SequenceBatch":
         """The batch on `device`."""
         moved = {
-            field.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for field in fields(self)
-            for value in [getattr(self, field.name)]
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
         }
-        return SequenceBatch(**moved)
+        return replace(self, **moved)
