@@ -1,65 +1,35 @@
-"""Times a training step on jagged histories beside the same step on all padded positions, in one run.
+"""Times training on this machine.
 
-python apps/benchmark.py step [CONFIG.yaml ...] [key=value ...]
+    python apps/benchmark.py step [CONFIG.yaml ...] [key=value ...]     jagged histories, and the same padded
+    python apps/benchmark.py epoch [CONFIG.yaml ...] [key=value ...]    whole epochs, without validation
+
+torchrun and torchx launch it on several ranks, as they do apps/train.py.
 """
 
-import statistics
-import time
-from dataclasses import replace
 from datetime import date
 
-import torch
-
 from hstu_rec import distributed
+from hstu_rec.benchmark import compare_steps, time_epochs
 from hstu_rec.config import RunConfig, load, run_app
-from hstu_rec.data.batch import SequenceBatch
-from hstu_rec.data.dataset import Dataset
-from hstu_rec.trainer import Learner
 from hstu_rec.versions import versions
 
-NUM_STEPS = 30
-
-
-def padded(batch: SequenceBatch, length: int) -> SequenceBatch:
-    """The batch with every history at `length` events: padding is item 0 at time 0, after the events."""
-    lengths = batch.offsets.diff()
-    row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    place = row * length + torch.arange(len(row)) - batch.offsets[row]
-    names = ("item_ids", "timestamps", "next_timestamps", "target_ids")
-    full = {n: torch.zeros(len(lengths) * length, dtype=torch.int64) for n in names}
-    for name, values in full.items():
-        values[place] = getattr(batch, name)
-    offsets = torch.arange(len(lengths) + 1) * length
-    return replace(batch, **full, offsets=offsets)
-
-
-def step_s(learner: Learner, length: int | None) -> float:
-    """Median seconds of a step; with `length`, on histories padded to it."""
-    real = learner.stream.batch
-    if length is not None:
-        learner.stream.batch = lambda epoch, index: padded(real(epoch, index), length)
-    times = []
-    for index in range(NUM_STEPS):
-        began_at = time.perf_counter()
-        learner.step(0, index % learner.stream.num_steps(0), index)
-        times.append(time.perf_counter() - began_at)
-    learner.stream.batch = real
-    return statistics.median(times[3:])
+MEASURES = {"step": compare_steps, "epoch": time_epochs}
 
 
 def main(arguments: list[str]) -> None:
-    if arguments[:1] != ["step"]:
+    if not arguments or arguments[0] not in MEASURES:
+        given = f"'{arguments[0]}'" if arguments else "nothing"
         raise ValueError(
-            "give what to measure: python apps/benchmark.py step [CONFIG.yaml ...] [key=value ...]"
+            f"give what to measure, step or epoch; got {given}: "
+            "python apps/benchmark.py step [CONFIG.yaml ...] [key=value ...]"
         )
     config = load(RunConfig, arguments[1:])
     with distributed.process_group(config.train.device) as device:
-        learner = Learner(config, Dataset(config.data.path), device)
-        jagged, full = step_s(learner, None), step_s(learner, config.encoder.max_history_len)
         if distributed.is_main():
             print(f"{date.today()}  {distributed.world_size()} processes on {device}  {versions()}")
-            print(f"jagged  {jagged * 1e3:8.1f} ms a step")
-            print(f"padded  {full * 1e3:8.1f} ms a step  ({full / jagged:.1f} times)")
+        for line in MEASURES[arguments[0]](config, device):
+            if distributed.is_main():
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

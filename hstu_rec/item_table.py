@@ -74,8 +74,8 @@ class ItemTable(nn.Module):
         optimizer, arguments = _fused_optimizer(config, device)
         apply_optimizer_in_backward(optimizer, self.collection.parameters(), arguments)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Rows [R, D] of distinct sorted `ids`, int64 [R]; R may be 0.
+    def send(self, ids: Tensor) -> "SentIds":
+        """Starts the way of `ids` (distinct, sorted int64 [R]; R may be 0) to their owners. Collective.
 
         Raises ValueError as `check_ids` does.
         """
@@ -84,8 +84,33 @@ class ItemTable(nn.Module):
         check_ids(ids, self.num_items)
         # One bag of all ids: rows come back one an id whatever the bags, and lengths travel as well.
         lengths = torch.tensor([len(ids)], device=ids.device)
-        features = KeyedJaggedTensor(keys=[FEATURE], values=ids, lengths=lengths)
-        return self.collection(features)[FEATURE].values()
+        return SentIds(
+            self.collection, KeyedJaggedTensor(keys=[FEATURE], values=ids, lengths=lengths)
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows [R, D] of distinct sorted `ids`, int64 [R]; R may be 0. Collective; raises as `send`."""
+        return self.send(ids).rows()
+
+
+class SentIds:
+    """Ids on their way to the ranks that own their rows: TorchRec's two exchanges, begun ahead of use."""
+
+    def __init__(self, collection: Any, features: Any) -> None:
+        self._collection, self._context = collection, collection.create_context()
+        self._sizes = collection.input_dist(self._context, features)
+        self._ids: Any = None
+
+    def advance(self) -> None:
+        """Once the sizes are exchanged, starts the exchange of the ids; harmless when it has begun."""
+        if self._ids is None:
+            self._ids = self._sizes.wait()
+
+    def rows(self) -> Tensor:
+        """The rows [R, D] as they are now, with gradient; called once."""
+        self.advance()
+        found = self._collection.compute_and_output_dist(self._context, self._ids.wait())
+        return found[FEATURE].values()
 
 
 def check_ids(ids: Tensor, num_items: int) -> None:

@@ -1,7 +1,6 @@
 """train(config): a run from a prepared dataset to its report.
 
-batch -> sum of losses / targets of all ranks -> guard -> backward (table rows step inside it)
-      -> clip -> AdamW on the dense part -> validation -> best and last checkpoint -> test, report
+epochs of Learner.step -> validation -> best and last checkpoint -> test with the best -> report
 """
 
 import math
@@ -10,123 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from hstu_rec import checkpoint, distributed
 from hstu_rec.baselines import baseline_metrics
-from hstu_rec.config import OptimConfig, RunConfig, load, save, to_yaml
+from hstu_rec.config import RunConfig, load, save, to_yaml
 from hstu_rec.data.dataset import Dataset
-from hstu_rec.data.stream import TrainStream
-from hstu_rec.encoder import HSTUEncoder
 from hstu_rec.evaluator import evaluate
-from hstu_rec.item_table import ItemTable, shard_model
-from hstu_rec.loss import NegativeSampler, SampledSoftmax
-from hstu_rec.model import NextItemModel
+from hstu_rec.learner import Learner
 from hstu_rec.report import metric_table, write_report
 from hstu_rec.tracking import Tracker
 from hstu_rec.versions import versions
 
 PARTS = ("seen_masked", "seen_allowed")
-
-
-class Learner:
-    """The model, its two optimizers and one training step."""
-
-    def __init__(self, config: RunConfig, dataset: Dataset, device: torch.device) -> None:
-        torch.manual_seed(config.train.seed)
-        self.config, self.device = config, device
-        self.stream = TrainStream(
-            dataset, config.data, config.encoder.max_history_len, config.train.seed
-        )
-        self.sampler = NegativeSampler(
-            config.loss, dataset.num_items, dataset.train_counts, config.train.seed
-        )
-        model = NextItemModel(
-            ItemTable(config.table, dataset.num_items, config.encoder.dim, device),
-            HSTUEncoder(config.encoder).to(device),
-            SampledSoftmax(config.loss),
-        )
-        self.model = shard_model(model, config.table, device, config.train.seed)
-        self.encoder: nn.Module = model.encoder
-        self.dense = [p for p in model.encoder.parameters() if p.requires_grad]
-        optim = config.optim
-        self.optimizer = torch.optim.AdamW(
-            self.dense,
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
-        self.num_steps_planned = config.train.max_epochs * self.stream.num_steps(0)
-
-    def step(self, epoch: int, index: int, step: int) -> Tensor:
-        """One training step; returns the mean loss over all ranks' positions, a CPU scalar.
-
-        Raises FloatingPointError on all ranks, before backward changes any row, when it is not finite.
-        """
-        # Dropout is a function of (seed, step, rank), so that a resumed run repeats it.
-        torch.manual_seed(distributed.mixed_seed(self.config.train.seed, step, distributed.rank()))
-        # Before forward, where fbgemm's CPU kernels read the rate that their backward pass uses.
-        self._set_rates(step)
-        batch = self.stream.batch(epoch, index)
-        negatives = self.sampler.draw(step, batch.target_ids)
-        (loss_sum,) = self.model(batch.to(self.device), negatives.to(self.device))
-        loss = loss_sum / batch.num_targets_global
-        mean = distributed.all_reduce_sum(loss.detach().cpu().clone())
-        if not math.isfinite(mean):
-            raise FloatingPointError(
-                f"the loss is {float(mean)} at step {step} (epoch {epoch}, batch {index}); no row was "
-                "changed by it; lower optim.lr or table.lr"
-            )
-        # DDP and TorchRec both average gradients over ranks; the loss is already a global mean.
-        (loss * distributed.world_size()).backward()
-        if self.config.optim.clip_norm:
-            nn.utils.clip_grad_norm_(self.dense, self.config.optim.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return mean
-
-    def _set_rates(self, step: int) -> None:
-        factor = rate_factor(self.config.optim, step, self.num_steps_planned)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.optim.lr * factor
-        if factor != 1 or self.config.optim.schedule != "constant":
-            fused: Any = self.model.fused_optimizer
-            for group in fused.param_groups:
-                group["lr"] = self.config.table.lr * factor
-            fused.step()  # changes no weight: it hands the rate to the kernels
-
-    def state(self) -> dict[str, Any]:
-        """Every tensor a checkpoint holds; loading fills them in place."""
-        if not self.optimizer.state:
-            # An optimizer that has not stepped has no tensors to load into.
-            for parameter in self.dense:
-                parameter.grad = torch.zeros_like(parameter)
-            for group in self.optimizer.param_groups:
-                group["lr"] = 0.0
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            for state in self.optimizer.state.values():
-                state["step"].zero_()
-        moments = {
-            f"{index}.{name}": value
-            for index, state in self.optimizer.state_dict()["state"].items()
-            for name, value in state.items()
-        }
-        fused = self.model.fused_optimizer.state_dict()["state"]
-        return {"model": self.model.state_dict(), "dense": moments, "fused": fused}
-
-
-def rate_factor(config: OptimConfig, step: int, num_steps: int) -> float:
-    """What the learning rates are multiplied by at `step` of `num_steps`."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return 1.0
-    done = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
-    shape = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return config.final_lr_fraction + (1 - config.final_lr_fraction) * max(shape, 0.0)
 
 
 @dataclass
@@ -194,18 +87,13 @@ def _fit(
     bar.update(progress.epoch)
     while progress.epoch < settings.max_epochs:
         began_at = time.monotonic()
-        learner.model.train()
-        for index in range(learner.stream.num_steps(progress.epoch)):
-            loss = learner.step(progress.epoch, index, progress.step)
-            if progress.step % settings.log_every_steps == 0:
-                tracker.log("train", progress.step, {"loss": float(loss)})
-            progress.step += 1
+        loss = _train_epoch(learner, tracker, progress, settings.log_every_steps)
         spent_s = time.monotonic() - began_at
         progress.train_s += spent_s
         progress.epoch += 1
         bar.update(1)
         bar.set_postfix_str(
-            f"loss {float(loss):.3f}  events/s {learner.stream.num_positions() / spent_s:,.0f}"
+            f"loss {loss:.3f}  events/s {learner.stream.num_positions() / spent_s:,.0f}"
         )
         is_last = progress.epoch == settings.max_epochs
         if progress.epoch % settings.eval_every_epochs == 0 or is_last:
@@ -213,6 +101,20 @@ def _fit(
             if settings.patience and progress.num_without_gain >= settings.patience:
                 break
     bar.close()
+
+
+def _train_epoch(
+    learner: Learner, tracker: Tracker, progress: Progress, log_every_steps: int
+) -> float:
+    """All steps of the epoch; the last one's loss."""
+    learner.model.train()
+    loss = math.nan
+    for index in range(learner.stream.num_steps(progress.epoch)):
+        loss = float(learner.step(progress.epoch, index, progress.step))
+        if progress.step % log_every_steps == 0:
+            tracker.log("train", progress.step, {"loss": loss})
+        progress.step += 1
+    return loss
 
 
 def _validate(

@@ -10,8 +10,8 @@ from hstu_rec.config import RunConfig, load
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.stream import TrainStream
 from hstu_rec.item_table import local_shards
+from hstu_rec.learner import Learner
 from hstu_rec.loss import NegativeSampler
-from hstu_rec.trainer import Learner
 from tests.datasets import write_dataset
 from tests.ranks import run_ranks
 

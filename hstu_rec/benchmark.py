@@ -1,0 +1,78 @@
+"""Times of training steps: whole epochs, and jagged histories beside the same padded."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from hstu_rec import distributed
+from hstu_rec.config import RunConfig
+from hstu_rec.data.batch import SequenceBatch
+from hstu_rec.data.dataset import Dataset
+from hstu_rec.data.stream import TrainStream
+from hstu_rec.learner import Learner
+
+NUM_STEPS = 30
+NUM_WARM_UP_STEPS = 3
+NUM_EPOCHS = 3
+
+
+def padded(batch: SequenceBatch, length: int) -> SequenceBatch:
+    """The batch with every history at `length` events: padding is item 0 at time 0, after the events."""
+    lengths = batch.offsets.diff()
+    row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    place = row * length + torch.arange(len(row)) - batch.offsets[row]
+    names = ("item_ids", "timestamps", "next_timestamps", "target_ids")
+    full = {n: torch.zeros(len(lengths) * length, dtype=torch.int64) for n in names}
+    for name, values in full.items():
+        values[place] = getattr(batch, name)
+    offsets = torch.arange(len(lengths) + 1) * length
+    return replace(batch, **full, offsets=offsets)
+
+
+class PaddedStream(TrainStream):
+    """The same batches, every history at max_history_len."""
+
+    def batch(self, epoch: int, step: int) -> SequenceBatch:
+        """This rank's part of a global batch, padded."""
+        return padded(super().batch(epoch, step), self.max_history_len)
+
+
+def step_times(learner: Learner, epoch: int, num_steps: int) -> list[float]:
+    """Seconds of each of the first steps of an epoch. Collective."""
+    times = []
+    for index in range(num_steps):
+        began_at = time.perf_counter()
+        learner.step(epoch, index, index)  # ends when its loss is on the CPU
+        times.append(time.perf_counter() - began_at)
+    return times
+
+
+def compare_steps(config: RunConfig, device: torch.device) -> Iterator[str]:
+    """Lines of a table: the median step on jagged histories, and on padded ones. Collective."""
+    medians = {}
+    for name, stream in (("jagged", TrainStream), ("padded", PaddedStream)):
+        dataset = Dataset(config.data.path)
+        learner = Learner(config, dataset, device)
+        learner.stream = stream(
+            dataset, config.data, config.encoder.max_history_len, config.train.seed
+        )
+        num_steps = min(NUM_STEPS, learner.stream.num_steps(0))
+        times = step_times(learner, 0, num_steps)[NUM_WARM_UP_STEPS:]
+        medians[name] = statistics.median(times)
+        ratio = f"  ({medians[name] / medians['jagged']:.1f} times)" if len(medians) > 1 else ""
+        yield f"{name}  {medians[name] * 1e3:8.1f} ms a step{ratio}"
+
+
+def time_epochs(config: RunConfig, device: torch.device) -> Iterator[str]:
+    """Lines of a table: seconds of whole epochs without validation, and their steps. Collective."""
+    learner = Learner(config, Dataset(config.data.path), device)
+    for epoch in range(NUM_EPOCHS):
+        distributed.barrier()
+        times = step_times(learner, epoch, learner.stream.num_steps(epoch))
+        yield (
+            f"epoch {epoch}  {sum(times):7.2f} s  {len(times)} steps  median "
+            f"{statistics.median(times) * 1e3:.1f} ms  shortest {min(times) * 1e3:.1f} ms"
+        )

@@ -1,0 +1,157 @@
+"""Learner: the model, its optimizers and one training step.
+
+batch -> sum of losses / targets of all ranks -> guard -> backward (table rows step inside it)
+      -> clip -> AdamW on the dense part
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hstu_rec import distributed
+from hstu_rec.config import OptimConfig, RunConfig
+from hstu_rec.data.batch import SequenceBatch
+from hstu_rec.data.dataset import Dataset
+from hstu_rec.data.stream import TrainStream
+from hstu_rec.encoder import HSTUEncoder
+from hstu_rec.item_table import ItemTable, SentIds, shard_model
+from hstu_rec.loss import Negatives, NegativeSampler, SampledSoftmax
+from hstu_rec.model import Lookup, NextItemModel
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the model is given at a step, its ids on their way to their owners."""
+
+    place: tuple[int, int, int]  # epoch, batch of the epoch, step
+    batch: SequenceBatch
+    negatives: Negatives
+    lookup: Lookup
+    sent: SentIds
+
+
+class Learner:
+    """The model, its two optimizers and one training step.
+
+    The ids of the next batch of an epoch travel while this one goes backward (as in TorchRec's sparse
+    distribution pipeline), so that a step waits for rows only.
+    """
+
+    def __init__(self, config: RunConfig, dataset: Dataset, device: torch.device) -> None:
+        torch.manual_seed(config.train.seed)
+        self.config, self.device = config, device
+        self.stream = TrainStream(
+            dataset, config.data, config.encoder.max_history_len, config.train.seed
+        )
+        self.sampler = NegativeSampler(
+            config.loss, dataset.num_items, dataset.train_counts, config.train.seed
+        )
+        self.table = ItemTable(config.table, dataset.num_items, config.encoder.dim, device)
+        model = NextItemModel(
+            self.table,
+            HSTUEncoder(config.encoder).to(device),
+            SampledSoftmax(config.loss),
+        )
+        self.model = shard_model(model, config.table, device, config.train.seed)
+        self.encoder: nn.Module = model.encoder
+        self.dense = [p for p in model.encoder.parameters() if p.requires_grad]
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            self.dense,
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
+        self._ahead: Prepared | None = None
+        self.num_steps_planned = config.train.max_epochs * self.stream.num_steps(0)
+
+    def step(self, epoch: int, index: int, step: int) -> Tensor:
+        """One training step; returns the mean loss over all ranks' positions, a CPU scalar. Collective.
+
+        Raises FloatingPointError on all ranks, before backward changes any row, when it is not finite.
+        """
+        # Before forward, where fbgemm's CPU kernels read the rate that their backward pass uses.
+        self._set_rates(step)
+        # Dropout is a function of (seed, step, rank), so that a resumed run repeats it.
+        torch.manual_seed(distributed.mixed_seed(self.config.train.seed, step, distributed.rank()))
+        now, self._ahead = self._ahead, None
+        if now is None or now.place != (epoch, index, step):
+            now = self._prepare(epoch, index, step)
+        (loss_sum,) = self.model(now.batch, now.negatives, now.lookup)
+        if index + 1 < self.stream.num_steps(epoch):
+            self._ahead = self._prepare(epoch, index + 1, step + 1)
+        loss = loss_sum / now.batch.num_targets_global
+        mean = distributed.all_reduce_sum(loss.detach().cpu().clone())
+        if not math.isfinite(mean):
+            raise FloatingPointError(
+                f"the loss is {float(mean)} at step {step} (epoch {epoch}, batch {index}); no row was "
+                "changed by it; lower optim.lr or table.lr"
+            )
+        if self._ahead:
+            self._ahead.sent.advance()
+        # DDP and TorchRec both average gradients over ranks; the loss is already a global mean.
+        (loss * distributed.world_size()).backward()
+        if self.config.optim.clip_norm:
+            nn.utils.clip_grad_norm_(self.dense, self.config.optim.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return mean
+
+    def _prepare(self, epoch: int, index: int, step: int) -> Prepared:
+        """Batch, negatives and distinct ids, made on CPU; the ids are sent."""
+        batch = self.stream.batch(epoch, index)
+        negatives = self.sampler.draw(step, batch.target_ids)
+        lookup = Lookup.of(batch, negatives).to(self.device)
+        sent = self.table.send(lookup.ids)
+        return Prepared(
+            (epoch, index, step),
+            batch.to(self.device),
+            negatives.to(self.device),
+            replace(lookup, sent=sent),
+            sent,
+        )
+
+    def _set_rates(self, step: int) -> None:
+        factor = rate_factor(self.config.optim, step, self.num_steps_planned)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.optim.lr * factor
+        if factor != 1 or self.config.optim.schedule != "constant":
+            fused: Any = self.model.fused_optimizer
+            for group in fused.param_groups:
+                group["lr"] = self.config.table.lr * factor
+            fused.step()  # changes no weight: it hands the rate to the kernels
+
+    def state(self) -> dict[str, Any]:
+        """Every tensor a checkpoint holds; loading fills them in place."""
+        if not self.optimizer.state:
+            # An optimizer that has not stepped has no tensors to load into.
+            for parameter in self.dense:
+                parameter.grad = torch.zeros_like(parameter)
+            for group in self.optimizer.param_groups:
+                group["lr"] = 0.0
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            for state in self.optimizer.state.values():
+                state["step"].zero_()
+        moments = {
+            f"{index}.{name}": value
+            for index, state in self.optimizer.state_dict()["state"].items()
+            for name, value in state.items()
+        }
+        fused = self.model.fused_optimizer.state_dict()["state"]
+        return {"model": self.model.state_dict(), "dense": moments, "fused": fused}
+
+
+def rate_factor(config: OptimConfig, step: int, num_steps: int) -> float:
+    """What the learning rates are multiplied by at `step` of `num_steps`."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
+    shape = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return config.final_lr_fraction + (1 - config.final_lr_fraction) * max(shape, 0.0)
