@@ -2,8 +2,8 @@
 
     python apps/prepare.py INPUT OUT [key=value ...]
 
-INPUT is a file, folder or glob of parquet, CSV or JSON lines (also .gz). OUT must not exist.
-Options with their defaults: the fields of PrepareConfig in hstu_rec/data/prepare.py, for example
+INPUT is a file, folder or glob of parquet, CSV or JSON lines (also .gz). OUT must not exist, unless
+overwrite=true. `help` lists the keys. For example
 
     python apps/prepare.py reviews_Beauty_5.json.gz data/beauty preset=amazon2014 kcore=5
 """
@@ -11,14 +11,14 @@ Options with their defaults: the fields of PrepareConfig in hstu_rec/data/prepar
 import sys
 from collections.abc import Sequence
 
-from hstu_rec.config import load, run_app
+from hstu_rec.config import help_text, load, run_app
 from hstu_rec.data.prepare import PrepareConfig, prepare, report
 
 
 def main(arguments: Sequence[str]) -> None:
     """Prepares arguments[0] into arguments[1] and prints what was made."""
-    if len(arguments) and arguments[0] in ("-h", "--help"):
-        print(__doc__)
+    if len(arguments) and arguments[0] in ("-h", "--help", "help"):
+        print(f"{__doc__}\n{help_text(PrepareConfig)}")
         return
     if len(arguments) < 2 or "=" in arguments[0] or "=" in arguments[1]:
         given = " ".join(arguments) or "nothing"

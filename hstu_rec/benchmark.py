@@ -33,7 +33,7 @@ def padded(batch: SequenceBatch, length: int) -> SequenceBatch:
 
 
 class PaddedStream(TrainStream):
-    """The same batches, every history at max_history_len."""
+    """The same batches, every history at max_history_len: padding is encoded and scored like events."""
 
     def batch(self, epoch: int, step: int) -> SequenceBatch:
         """This rank's part of a global batch, padded."""
@@ -45,7 +45,9 @@ def step_times(learner: Learner, epoch: int, num_steps: int) -> list[float]:
     times = []
     for index in range(num_steps):
         began_at = time.perf_counter()
-        learner.step(epoch, index, index)  # ends when its loss is on the CPU
+        learner.step(epoch, index, index)
+        if learner.device.type == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - began_at)
     return times
 
@@ -60,7 +62,8 @@ def compare_steps(config: RunConfig, device: torch.device) -> Iterator[str]:
             dataset, config.data, config.encoder.max_history_len, config.train.seed
         )
         num_steps = min(NUM_STEPS, learner.stream.num_steps(0))
-        times = step_times(learner, 0, num_steps)[NUM_WARM_UP_STEPS:]
+        times = step_times(learner, 0, num_steps)
+        times = times[min(NUM_WARM_UP_STEPS, num_steps - 1) :]
         medians[name] = statistics.median(times)
         ratio = f"  ({medians[name] / medians['jagged']:.1f} times)" if len(medians) > 1 else ""
         yield f"{name}  {medians[name] * 1e3:8.1f} ms a step{ratio}"

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict_loader as loader
 import torch.distributed.checkpoint.state_dict_saver as saver
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -42,7 +43,7 @@ POINTER_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 T = TypeVar("T")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ValueError):
     """A checkpoint could not be written, found, verified or loaded; raised on every rank."""
 
 
@@ -50,12 +51,11 @@ def save(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -> 
     """Writes `state` and `meta` as `root/step_XXXXXXXX` and returns that path, durable.
 
     `state`: tensors (plain ones equal on all ranks, DTensors in shards), in a dict that may be
-    nested, with the same keys on every rank. `meta`: what JSON can hold, without NaN or infinity.
+    nested, with the same keys on every rank; a sharded one may be absent where a rank owns no row.
+    `meta`: what JSON can hold, without NaN or infinity.
     On failure (a full disk) earlier checkpoints, one of the same step too, are left as they were.
     """
-    leaves = _together(lambda: _leaves(state))
-    if any(part != leaves[0] for part in leaves):
-        raise CheckpointError("the state to save has other keys, shapes or dtypes on other ranks")
+    _agreed_leaves(state)
     final = root / f"step_{step:08d}"
     partial = final.with_name(final.name + ".tmp")
     _on_main(lambda: _begin(partial, meta))
@@ -78,10 +78,13 @@ def load(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     touched, when a file is damaged or when keys, shapes or dtypes of `state` differ from what was
     saved: an optimizer whose state is still empty would otherwise load nothing without a word.
     """
+    if not _on_main(path.is_dir):
+        raise CheckpointError(f"there is no checkpoint {path}; give the folder of a step")
     if problems := _problems(path):
         raise CheckpointError(f"{path} is damaged: " + "; ".join(problems))
     reader = FileSystemReader(path)
-    _together(lambda: _check_fit(path, reader.read_metadata().state_dict_metadata, state))
+    wanted = _agreed_leaves(state)
+    _together(lambda: _check_fit(path, reader.read_metadata().state_dict_metadata, wanted))
     try:
         loader.load(_tensors(state), storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:
@@ -192,8 +195,23 @@ def _tensors(state: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]
     return tensors
 
 
-def _leaves(state: dict[str, Any]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {name: (tensor.size(), tensor.dtype) for name, tensor in _tensors(state).items()}
+def _agreed_leaves(state: dict[str, Any]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Size and dtype by name, over all ranks; CheckpointError on all where they disagree."""
+    ranks = _together(lambda: _leaves(state))
+    agreed = {name: leaf for leaves, _ in ranks for name, leaf in leaves.items()}
+    for leaves, plain in ranks:
+        if plain != ranks[0][1] or any(leaf != agreed[name] for name, leaf in leaves.items()):
+            raise CheckpointError("the state has other keys, shapes or dtypes on other ranks")
+    return agreed
+
+
+def _leaves(
+    state: dict[str, Any],
+) -> tuple[dict[str, tuple[torch.Size, torch.dtype]], set[str]]:
+    """This rank's sizes and dtypes by name, and the names that are not sharded."""
+    tensors = _tensors(state)
+    plain = {name for name, t in tensors.items() if type(t) in (torch.Tensor, nn.Parameter)}
+    return {name: (tensor.size(), tensor.dtype) for name, tensor in tensors.items()}, plain
 
 
 def _begin(partial: Path, meta: dict[str, Any]) -> None:
@@ -287,8 +305,9 @@ def _problem(path: Path, expected: dict[str, Any]) -> str:
     return "" if is_same else f"{path.name} has changed since it was written (sha256 differs)"
 
 
-def _check_fit(path: Path, saved: dict[str, Any], state: dict[str, Any]) -> None:
-    wanted = _leaves(state)
+def _check_fit(
+    path: Path, saved: dict[str, Any], wanted: dict[str, tuple[torch.Size, torch.dtype]]
+) -> None:
     sentences = [f"{name!r} is not in the checkpoint" for name in wanted if name not in saved]
     sentences += [
         f"{name!r} is in the checkpoint but not in the state to fill (fill an optimizer's state "

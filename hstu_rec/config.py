@@ -63,6 +63,10 @@ class OptimConfig:
         for name in ("beta1", "beta2", "final_lr_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"{name} must be in [0, 1); got {getattr(self, name)}")
+        if self.final_lr_fraction and self.schedule == "constant":
+            found.append(
+                "final_lr_fraction has no effect with schedule 'constant'; set one of them"
+            )
         return found
 
 
@@ -128,12 +132,18 @@ class RunConfig:
             for part in ("seen_allowed", "seen_masked")
             for metric in [*(f"{m}@{k}" for m in ("recall", "ndcg") for k in self.eval.ks), "mrr"]
         ]
-        if self.train.select in allowed:
-            return []
-        near = _did_you_mean(self.train.select, allowed)
-        return [
-            f"train.select must be one of {', '.join(allowed)}; got '{self.train.select}'{near}"
-        ]
+        found = []
+        if self.train.select not in allowed:
+            near = _did_you_mean(self.train.select, allowed)
+            found.append(
+                f"train.select must be one of {', '.join(allowed)}; got '{self.train.select}'{near}"
+            )
+        if 0 < self.data.batch_events < self.encoder.max_history_len:
+            found.append(
+                "data.batch_events must hold the longest history, encoder.max_history_len = "
+                f"{self.encoder.max_history_len}; got {self.data.batch_events}"
+            )
+        return found
 
 
 def load(schema: type[T], arguments: Sequence[str]) -> T:
@@ -196,7 +206,7 @@ def run_app(main: Callable[[list[str]], None]) -> None:
     """Runs an app's `main(arguments)`: a user's mistake is a sentence and exit code 2."""
     try:
         main([a for a in sys.argv[1:] if a != "--"])
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

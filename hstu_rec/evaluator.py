@@ -242,7 +242,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics of a sharded NextItemModel: {"num_users", "seen_allowed": {...}, "seen_masked": {...}}.
 
-    Collective; ranks may have no user at all. Leaves the model in evaluation mode's place as it was.
+    Collective; ranks may have no user at all. The model is left in the mode it was in.
     """
     model: NextItemModel = sharded.module
     was_training = sharded.training

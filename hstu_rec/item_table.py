@@ -53,7 +53,7 @@ class ItemTable(nn.Module):
     """Rows of item ids 0 .. num_items - 1, looked up once a step for all uses together.
 
     Made on the meta device; `shard_model` places it. Raises ValueError for an optimizer that the device
-    does not support.
+    does not support, and for fewer items than row-wise sharding needs.
     """
 
     def __init__(self, config: TableConfig, num_items: int, dim: int, device: torch.device) -> None:
@@ -62,6 +62,12 @@ class ItemTable(nn.Module):
         from torchrec import EmbeddingCollection, EmbeddingConfig
         from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
+        ranks = distributed.world_size()
+        if config.sharding == "row_wise" and (ranks - 1) * -(-num_items // ranks) >= num_items:
+            raise ValueError(
+                f"{num_items} items cannot be spread over {ranks} ranks so that each owns a row, which "
+                "fbgemm needs; give table.sharding=table_wise, or start fewer processes"
+            )
         self.num_items, self.dim = num_items, dim
         self.collection = EmbeddingCollection(
             tables=[
@@ -194,10 +200,9 @@ def local_shards(sharded: nn.Module) -> list[tuple[Tensor, int]]:
     weight: Any = sharded.state_dict()[name]
     if hasattr(weight, "to_local"):
         local = weight.to_local()
-        return [
-            (shard, offset[0])
-            for shard, offset in zip(local.local_shards(), local.local_offsets(), strict=True)
-        ]
+        # A rank without rows has no shard, but one (empty) offset.
+        pairs = zip(local.local_shards(), local.local_offsets(), strict=False)
+        return [(shard, offset[0]) for shard, offset in pairs]
     return [(shard.tensor, shard.metadata.shard_offsets[0]) for shard in weight.local_shards()]
 
 

@@ -17,7 +17,7 @@ from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.stream import TrainStream
 from hstu_rec.encoder import HSTUEncoder
-from hstu_rec.item_table import ItemTable, SentIds, shard_model
+from hstu_rec.item_table import ItemTable, shard_model
 from hstu_rec.loss import Negatives, NegativeSampler, SampledSoftmax
 from hstu_rec.model import Lookup, NextItemModel
 
@@ -30,7 +30,6 @@ class Prepared:
     batch: SequenceBatch
     negatives: Negatives
     lookup: Lookup
-    sent: SentIds
 
 
 class Learner:
@@ -67,6 +66,7 @@ class Learner:
             fused=True,
         )
         self._ahead: Prepared | None = None
+        self._table_rate: float | None = None  # what the kernels were given last
         self.num_steps_planned = config.train.max_epochs * self.stream.num_steps(0)
 
     def step(self, epoch: int, index: int, step: int) -> Tensor:
@@ -91,8 +91,8 @@ class Learner:
                 f"the loss is {float(mean)} at step {step} (epoch {epoch}, batch {index}); no row was "
                 "changed by it; lower optim.lr or table.lr"
             )
-        if self._ahead:
-            self._ahead.sent.advance()
+        if self._ahead and self._ahead.lookup.sent:
+            self._ahead.lookup.sent.advance()
         # DDP and TorchRec both average gradients over ranks; the loss is already a global mean.
         (loss * distributed.world_size()).backward()
         if self.config.optim.clip_norm:
@@ -106,24 +106,28 @@ class Learner:
         batch = self.stream.batch(epoch, index)
         negatives = self.sampler.draw(step, batch.target_ids)
         lookup = Lookup.of(batch, negatives).to(self.device)
-        sent = self.table.send(lookup.ids)
         return Prepared(
             (epoch, index, step),
             batch.to(self.device),
             negatives.to(self.device),
-            replace(lookup, sent=sent),
-            sent,
+            replace(lookup, sent=self.table.send(lookup.ids)),
         )
 
     def _set_rates(self, step: int) -> None:
         factor = rate_factor(self.config.optim, step, self.num_steps_planned)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.optim.lr * factor
-        if factor != 1 or self.config.optim.schedule != "constant":
+        rate = self.config.table.lr * factor
+        if rate != self._table_rate:
             fused: Any = self.model.fused_optimizer
             for group in fused.param_groups:
-                group["lr"] = self.config.table.lr * factor
+                group["lr"] = rate
             fused.step()  # changes no weight: it hands the rate to the kernels
+            self._table_rate = rate
+
+    def continue_at(self, step: int) -> None:
+        """Tells the table's optimizer how many steps its loaded state has seen (Adam's correction)."""
+        self.model.fused_optimizer.set_optimizer_step(step)
 
     def state(self) -> dict[str, Any]:
         """Every tensor a checkpoint holds; loading fills them in place."""
@@ -147,11 +151,12 @@ class Learner:
 
 
 def rate_factor(config: OptimConfig, step: int, num_steps: int) -> float:
-    """What the learning rates are multiplied by at `step` of `num_steps`."""
+    """What the learning rates are multiplied by at `step` (from 0) of `num_steps`."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return 1.0
-    done = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
+    num_decaying = max(num_steps - 1 - config.warmup_steps, 1)
+    done = min((step - config.warmup_steps) / num_decaying, 1.0)
     shape = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return config.final_lr_fraction + (1 - config.final_lr_fraction) * max(shape, 0.0)
+    return config.final_lr_fraction + (1 - config.final_lr_fraction) * shape

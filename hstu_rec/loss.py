@@ -22,9 +22,9 @@ from hstu_rec import distributed
 
 NegativeKind = Literal["all", "uniform", "frequency", "in_batch", "mixed"]
 
+LOG2_E = math.log2(math.e)
 # Logits of one chunk. On CPU few chunks mean few waits for other ranks, small ones stay in cache: of
 # 2**17 .. 2**23, the best at 2 ranks and 2 % from the best at 1 (1 MiB of L2 for two cores).
-LOG2_E = math.log2(math.e)
 CHUNK_LOGITS = {"cpu": 2**20, "cuda": 2**27}
 
 
@@ -40,7 +40,7 @@ class LossConfig:
     frequency_power: float = 0.75
     """Negatives by frequency are drawn in proportion to count ** this."""
     use_logq: bool = False
-    """Subtracts the log of each candidate's expected count from its logit (unused by all)."""
+    """Subtracts the log of each candidate's probability of being drawn from its logit (unused by all)."""
     similarity: Literal["cosine", "dot"] = "cosine"
     """Score of a query and an item; the same in training and in evaluation."""
     temperature: float = 0.05
@@ -99,7 +99,7 @@ class NegativeSampler:
         self._log_q = self._make_log_q(np.asarray(train_counts, dtype=np.float64))
 
     def _make_log_q(self, counts: np.ndarray) -> Tensor | None:
-        """log of each item's expected count among the candidates, or None without the correction."""
+        """log of each item's probability at one draw, or None without the correction."""
         config = self.config
         if not config.use_logq:
             return None

@@ -5,12 +5,12 @@
     protocol   use_query_time (bool), max_history_len, num_candidates (all items), num_users,
                test_history_includes_valid (bool), selection_metric ("seen_allowed/ndcg@10");
                optional: data (statistics by name), further settings
-    test       {"seen_masked": PART, "seen_allowed": PART}, where PART has recall@5, recall@10,
-               ndcg@5, ndcg@10 and mrr, and may have further metrics
+    test       {"seen_masked": PART, "seen_allowed": PART}, where PART has mrr and any recall@k and
+               ndcg@k, the same in both; recall@5, recall@10, ndcg@5, ndcg@10 and mrr are shown first
     valid      the same two parts, or the metrics themselves
     baselines  {"popularity": {"seen_masked": PART, "seen_allowed": PART}, "co_occurrence": ...}
                or {}
-    timing     prepare_s (None when the dataset was there before), train_s, events_per_s
+    timing     prepare_s (None when the dataset does not tell), train_s, events_per_s
     versions   {"torch": "2.13.0", ...}
 
 The curves are drawn from the run's metrics.jsonl: rows "train" with `loss`, and rows "valid" with
@@ -28,7 +28,7 @@ from hstu_rec.checkpoint import write_file
 from hstu_rec.tracking import read_metrics
 
 SECTIONS = ("protocol", "test", "valid", "baselines", "timing", "versions")
-METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
+FIRST_METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
 SEEN_ITEMS = {"seen_masked": "masked", "seen_allowed": "allowed"}
 PROTOCOL = (
     "use_query_time",
@@ -83,23 +83,30 @@ def _check(result: Mapping[str, Any]) -> None:
     problems += [
         f"timing.{name} is missing" for name in TIMING if name not in result.get("timing", {})
     ]
+    shown = _metrics(result)
     rows = {"test": result.get("test", {})}
     rows |= {f"baselines.{name}": row for name, row in result.get("baselines", {}).items()}
     problems += [
         f"{place}.{seen}.{metric} is missing"
         for place, row in rows.items()
         for seen in SEEN_ITEMS
-        for metric in METRICS
+        for metric in shown
         if metric not in row.get(seen, {})
     ]
     if problems:
         raise ValueError(f"no report of this result: {'; '.join(problems)}")
 
 
+def _metrics(result: Mapping[str, Any]) -> list[str]:
+    """The names of the test metrics, those of FIRST_METRICS first; "mrr" at least."""
+    found = {"mrr": None} | dict.fromkeys(result.get("test", {}).get("seen_masked", {}))
+    first = [name for name in FIRST_METRICS if name in found]
+    return [*first, *(name for name in found if name not in FIRST_METRICS)]
+
+
 def _metric_cells(result: Mapping[str, Any]) -> Iterator[list[str]]:
     """The header, then one row for each method and treatment of seen items."""
-    further = [name for name in result["test"]["seen_masked"] if name not in METRICS]
-    metrics = [*METRICS, *further]
+    metrics = _metrics(result)
     yield ["method", "seen items", *metrics]
     for method, parts in {"model": result["test"], **result["baselines"]}.items():
         for seen, label in SEEN_ITEMS.items():
@@ -198,7 +205,7 @@ def _cell(value: Any) -> str:
 
 def _duration(seconds: float | None) -> str:
     if seconds is None:
-        return "the dataset was there before"
+        return "not told by the dataset"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 

@@ -49,9 +49,9 @@ def train(config: RunConfig) -> dict[str, Any]:
         with Tracker(folder, distributed.is_main()) as tracker:
             learner = Learner(config, dataset, device)
             tracker.say(_opening(config, dataset, learner, folder))
-            progress = _resume(config, learner, folder, tracker)
+            progress = _resume(config, learner, dataset, folder, tracker)
             _fit(config, learner, dataset, folder, tracker, progress)
-            checkpoint.load(checkpoint.resolve(folder / "checkpoints", "best"), learner.state())
+            _load(checkpoint.resolve(folder / "checkpoints", "best"), learner, dataset)
             result = _result(config, learner, dataset, progress)
             tracker.log("test", progress.step, result["test"]["seen_allowed"])
         if distributed.is_main():
@@ -69,8 +69,8 @@ def evaluate_run(folder: Path, overrides: list[str]) -> dict[str, Any]:
     with distributed.process_group(config.train.device) as device:
         dataset = Dataset(config.data.path)
         learner = Learner(config, dataset, device)
-        meta = checkpoint.load(checkpoint.resolve(folder / "checkpoints", "best"), learner.state())
-        return _result(config, learner, dataset, Progress(**meta["progress"]))
+        progress = _load(checkpoint.resolve(folder / "checkpoints", "best"), learner, dataset)
+        return _result(config, learner, dataset, progress)
 
 
 def _fit(
@@ -85,7 +85,7 @@ def _fit(
     settings = config.train
     bar = tracker.bar(settings.max_epochs, "training", "epoch")
     bar.update(progress.epoch)
-    while progress.epoch < settings.max_epochs:
+    while progress.epoch < settings.max_epochs and not _is_out_of_patience(config, progress):
         began_at = time.monotonic()
         loss = _train_epoch(learner, tracker, progress, settings.log_every_steps)
         spent_s = time.monotonic() - began_at
@@ -98,9 +98,11 @@ def _fit(
         is_last = progress.epoch == settings.max_epochs
         if progress.epoch % settings.eval_every_epochs == 0 or is_last:
             _validate(config, learner, dataset, folder, tracker, progress)
-            if settings.patience and progress.num_without_gain >= settings.patience:
-                break
     bar.close()
+
+
+def _is_out_of_patience(config: RunConfig, progress: Progress) -> bool:
+    return 0 < config.train.patience <= progress.num_without_gain
 
 
 def _train_epoch(
@@ -139,19 +141,23 @@ def _validate(
         f"  best {progress.best:.4f} (epoch {progress.best_epoch})  train {progress.train_s:.0f} s"
     )
     root = folder / "checkpoints"
-    saved = checkpoint.save(root, progress.step, learner.state(), {"progress": vars(progress)})
+    meta = {"progress": vars(progress), "items": dataset.stats.get("item_map_hash")}
+    saved = checkpoint.save(root, progress.step, learner.state(), meta)
     checkpoint.point(root, "last", saved)
     if is_better:
         checkpoint.point(root, "best", saved)
     checkpoint.purge(root, config.train.keep_checkpoints)
 
 
-def _resume(config: RunConfig, learner: Learner, folder: Path, tracker: Tracker) -> Progress:
+def _resume(
+    config: RunConfig, learner: Learner, dataset: Dataset, folder: Path, tracker: Tracker
+) -> Progress:
     """Loads the checkpoint that train.resume names, if any."""
+    root = folder / "checkpoints"
     if config.train.resume == "none":
         return Progress()
     if config.train.resume == "auto":
-        found, skipped = checkpoint.newest(folder / "checkpoints")
+        found, skipped = checkpoint.newest(root)
         for sentence in skipped:
             tracker.say(f"resume: {sentence}")
         if found is None:
@@ -159,9 +165,26 @@ def _resume(config: RunConfig, learner: Learner, folder: Path, tracker: Tracker)
             return Progress()
     else:
         found = Path(config.train.resume)
-    progress = Progress(**checkpoint.load(found, learner.state())["progress"])
+    progress = _load(found, learner, dataset)
+    learner.continue_at(progress.step)
+    if found.parent.resolve() != root.resolve():
+        # The best of another folder cannot be tested from here.
+        progress.best, progress.best_epoch, progress.num_without_gain = None, 0, 0
+    elif progress.best_epoch == progress.epoch:
+        checkpoint.point(root, "best", found)  # the stop may have come before the pointer moved
     tracker.say(f"resume: {found}, epoch {progress.epoch}, step {progress.step}")
     return progress
+
+
+def _load(path: Path, learner: Learner, dataset: Dataset) -> Progress:
+    """Fills the learner from a checkpoint. Raises ValueError when it was trained on other items."""
+    meta = checkpoint.load(path, learner.state())
+    if meta.get("items") != dataset.stats.get("item_map_hash"):
+        raise ValueError(
+            f"{path} was trained on other items than {dataset.path} has, or on another order of "
+            "them; give the dataset folder that it was trained on as data.path"
+        )
+    return Progress(**meta["progress"])
 
 
 def _result(
@@ -204,9 +227,21 @@ def _result(
 
 
 def _run_folder(config: RunConfig) -> Path:
-    """train.run_dir, or runs/<time>-<name>, the same on every rank."""
+    """train.run_dir, or runs/<time>-<name>, the same on every rank.
+
+    Raises ValueError on all ranks when another run is there already.
+    """
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    return Path(distributed.broadcast_text(config.train.run_dir or f"runs/{stamp}-{config.name}"))
+    folder = Path(distributed.broadcast_text(config.train.run_dir or f"runs/{stamp}-{config.name}"))
+    is_own = config.train.resume == "auto" or Path(config.train.resume).is_relative_to(folder)
+    is_used = any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl"))
+    # Rank 0 looks, because it also begins to write.
+    if distributed.broadcast_text("used" if is_used and not is_own else ""):
+        raise ValueError(
+            f"train.run_dir {folder} holds a run already; give another folder, remove this one, or go "
+            "on with that run: train.resume=auto"
+        )
+    return folder
 
 
 def _opening(config: RunConfig, dataset: Dataset, learner: Learner, folder: Path) -> str:

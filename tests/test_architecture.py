@@ -23,7 +23,7 @@ LAYERS = [
     {"checkpoint", "tracking"},
     {"distributed", "versions"},
 ]
-TORCHREC_USERS = {"item_table.py", "data/batch.py", "trainer.py", "model.py"}
+TORCHREC_USERS = {"item_table.py"}
 ENVIRONMENT_READERS = {"distributed.py"}
 
 MAX_FILE_LINES = 450

@@ -128,8 +128,14 @@ def test_a_wrong_setting_of_an_app_is_a_sentence(form: str) -> None:
     assert "unknown key 'optm.lr'; did you mean 'optim.lr'?" in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("app", sorted(path.name for path in (ROOT / "apps").glob("*.py")))
-def test_python_alone_starts_every_app_and_a_mistake_exits_with_2(app: str) -> None:
-    done = launch(sys.executable, f"apps/{app}", "no.such.key=1")
+POSITIONALS = {"train": [], "prepare": ["in", "out"], "evaluate": ["{run}"], "benchmark": ["step"]}
+
+
+@pytest.mark.parametrize("app", sorted(path.stem for path in (ROOT / "apps").glob("*.py")))
+def test_python_alone_starts_every_app_and_a_mistake_exits_with_2(app: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    positionals = [word.format(run=tmp_path) for word in POSITIONALS[app]]
+    done = launch(sys.executable, f"apps/{app}.py", *positionals, "no.such.key=1")
     assert done.returncode == 2, done.stdout + done.stderr
+    assert "unknown key 'no.such.key'" in done.stderr
     assert done.stderr.startswith("error: ")

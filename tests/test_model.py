@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from hstu_rec.config import RunConfig, load
-from hstu_rec.encoder import EncoderConfig, HSTUEncoder
+from hstu_rec.config import OptimConfig, RunConfig, load
+from hstu_rec.encoder import Dropout, EncoderConfig, HSTUEncoder
 from hstu_rec.hstu import HSTU
 from hstu_rec.item_table import ItemTable, TableConfig
+from hstu_rec.learner import rate_factor
+from hstu_rec.loss import LossConfig, NegativeSampler
 from hstu_rec.trainer import train
 from tests.datasets import write_dataset
 
@@ -110,3 +112,42 @@ def test_a_planted_rule_is_learned(tmp_path):
 
 def test_without_a_rule_the_result_is_near_chance(tmp_path):
     assert run_planted(tmp_path, is_shuffled=True)["recall@10"] < 0.25
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5])
+def test_dropout_keeps_the_right_share_and_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.ones(1001, 999, requires_grad=True)
+    out = Dropout(p)(x)
+    assert set(out.unique().tolist()) == {0.0, out.max().item()}
+    assert out.max().item() == pytest.approx(1 / (1 - p))
+    assert (out == 0).float().mean().item() == pytest.approx(p, abs=0.003)
+    # Neighbours share a draw of 64 bits, and must still be independent.
+    pairs = ((out[:, :-1] == 0) & (out[:, 1:] == 0)).float().mean().item()
+    assert pairs == pytest.approx(p * p, abs=0.003)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, out.detach())
+    assert Dropout(p).eval()(x) is x
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [0.5, 1, 1, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.7, 0.4, 0.1])],
+)
+def test_rates_warm_up_and_end_at_their_last_fraction(schedule, expected):
+    final = 0.1 if schedule == "linear" else 0.0
+    config = OptimConfig(warmup_steps=2, schedule=schedule, final_lr_fraction=final)
+    assert [rate_factor(config, step, 6) for step in range(6)] == pytest.approx(expected)
+    cosine = OptimConfig(schedule="cosine")
+    assert [rate_factor(cosine, step, 3) for step in (0, 1, 2, 3)] == pytest.approx([1, 0.5, 0, 0])
+
+
+def test_negatives_follow_the_frequency_to_its_power():
+    counts = np.array([0, 1, 16, 81, 256])
+    config = LossConfig(negatives="frequency", num_negatives=100_000, frequency_power=0.5)
+    sampler = NegativeSampler(config, 5, counts, seed=3)
+    drawn = sampler.draw(7, torch.zeros(0, dtype=torch.int64))
+    assert drawn.ids.tolist() == [1, 2, 3, 4]
+    assert drawn.log_weights is not None
+    shares = drawn.log_weights.exp() / config.num_negatives
+    torch.testing.assert_close(shares, torch.tensor([1, 4, 9, 16]) / 30, atol=0.005, rtol=0)

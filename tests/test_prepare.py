@@ -198,7 +198,7 @@ def test_split_without_test_targets_is_refused(tmp_path: Path) -> None:
         ({"test_fraction": 0.0}, "test_fraction must be between 0 and 1"),
         ({"split": "time", "valid_time": "5"}, "valid_time and test_time belong together"),
         ({"valid_time": "5", "test_time": "6"}, "have no effect without split=time"),
-        ({"split": "time", "valid_time": "6", "test_time": "5"}, "must not be later"),
+        ({"split": "time", "valid_time": "6", "test_time": "5"}, "must be earlier than"),
         (
             {"split": "time", "valid_time": "May", "test_time": "5"},
             "neither unix seconds nor an ISO date",

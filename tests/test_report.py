@@ -7,14 +7,14 @@ import struct
 import numpy as np
 import pytest
 
-from hstu_rec.report import METRICS, metric_table, write_report
+from hstu_rec.report import FIRST_METRICS, metric_table, write_report
 from hstu_rec.tracking import Tracker, read_metrics
 
 CONFIG = "data:\n  path: data/demo\n"
 
 
 def metrics(first):
-    return {name: first + index / 1000 for index, name in enumerate(METRICS)}
+    return {name: first + index / 1000 for index, name in enumerate(FIRST_METRICS)}
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_configuration_with_backticks_cannot_end_its_fence(tmp_path, result):
 
 def test_the_table_has_a_row_for_each_method_and_treatment_of_seen_items(result):
     protocol, _, header, _, *rows = metric_table(result).splitlines()
-    assert header.split() == ["method", "seen", "items", *METRICS]
+    assert header.split() == ["method", "seen", "items", *FIRST_METRICS]
     assert [row.split()[:2] for row in rows] == [
         [method, seen]
         for method in ("model", "popularity", "co-occurrence")
@@ -99,7 +99,9 @@ def test_the_table_says_when_the_query_time_is_used(result):
 
 
 def test_metrics_at_other_cut_offs_get_their_own_column(result):
-    result["test"]["seen_masked"]["recall@20"] = 0.5
+    for parts in (result["test"], *result["baselines"].values()):
+        for values in parts.values():
+            values["recall@20"] = 0.5
     _, _, header, _, model, *_ = metric_table(result).splitlines()
     assert header.endswith("recall@20") and model.endswith("0.5000")
 
@@ -149,3 +151,15 @@ def test_a_selection_metric_that_was_never_logged_is_named(tmp_path, result):
     result["protocol"]["selection_metric"] = "ndcg@11"
     with pytest.raises(ValueError, match=r"ndcg@11.*seen_allowed/ndcg@10"):
         write_report(tmp_path, result, CONFIG)
+
+
+def test_any_cut_offs_may_be_chosen(tmp_path, result):
+    parts = [result["test"], result["valid"], *result["baselines"].values()]
+    for values in (values for part in parts for values in part.values()):
+        for name in ("recall@5", "recall@10", "ndcg@5", "ndcg@10"):
+            del values[name]
+        values |= {"recall@7": 0.5, "ndcg@7": 0.25}
+    track(tmp_path)
+    write_report(tmp_path, result, CONFIG)
+    header = metric_table(result).splitlines()[2]
+    assert header.split() == ["method", "seen", "items", "mrr", "recall@7", "ndcg@7"]

@@ -25,7 +25,7 @@ class SequenceBatch:
     target_ids: Tensor
     """[T] in training (one a position), [B] in evaluation (one a user)."""
     num_targets_global: int
-    """Targets of this batch over all ranks."""
+    """Targets of this batch over all ranks; in evaluation, of this rank."""
 
     def to(self, device: torch.device) -> "SequenceBatch":
         """The batch on `device`."""

@@ -55,6 +55,12 @@ class Dataset:
         self.num_events = len(events)
         self.num_users = len(users)
         self.num_items = int(self.stats["items"])
+        num_rows = pq.read_metadata(self.path / "items.parquet").num_rows
+        if num_rows != self.num_items:
+            raise ValueError(
+                f"{self.path}: stats.json counts {self.num_items} items, items.parquet has {num_rows} "
+                "rows; prepare the dataset again"
+            )
 
     @cached_property
     def _item_table(self) -> pa.Table:

@@ -74,10 +74,11 @@ def order(
     )
     row = connection.execute(
         "SELECT (SELECT count(*) FROM item_places), count(*) FILTER (valid_end < length), "
+        "count(*) FILTER (0 < train_end AND train_end < valid_end), "
         "min(length), max(length) FROM users"
     ).fetchone()
     assert row is not None
-    num_items, num_tests, *_ = row
+    num_items, num_tests, num_valid, *_ = row
     if num_items > MAX_ITEMS:
         raise ValueError(f"{num_items:,} items are more than {MAX_ITEMS:,}; raise min_item_events")
     if num_tests == 0:
@@ -88,6 +89,11 @@ def order(
         )
         raise ValueError(
             f"the split leaves no test target: {reason}; give more events or another split"
+        )
+    if num_valid == 0:
+        raise ValueError(
+            "the split leaves no validation target: no user has an event before and one in the "
+            "validation part; give other times or fractions"
         )
     connection.execute(
         f"""CREATE TABLE sequence AS

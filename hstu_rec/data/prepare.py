@@ -97,8 +97,8 @@ class PrepareConfig:
             found.append("valid_time and test_time have no effect without split=time")
         if self.valid_time is not None and self.test_time is not None and not found:
             try:
-                if _seconds(self.valid_time) > _seconds(self.test_time):
-                    found.append("valid_time must not be later than test_time")
+                if _seconds(self.valid_time) >= _seconds(self.test_time):
+                    found.append("valid_time must be earlier than test_time")
             except ValueError as error:
                 found.append(f"valid_time and test_time: {error}")
         return found

@@ -100,12 +100,58 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(data, run):
 
 def test_a_stopped_run_goes_on_with_another_number_of_ranks(data):
     same, other = data.parent / "same", data.parent / "other"
-    still = "encoder.dropout=0"  # dropout is drawn by each rank for its own users
-    run_ranks(2, train_two_epochs, data, same, still)
+    # Dropout is drawn by each rank for its own users. Table-wise, all but one rank have no rows.
+    still = ("encoder.dropout=0", "table.sharding=table_wise")
+    run_ranks(2, train_two_epochs, data, same, *still)
     shutil.copytree(same, other)
     for world_size, folder in ((2, same), (3, other)):
-        run_ranks(world_size, train_once, data, folder, "train.resume=auto", still)
+        run_ranks(world_size, train_once, data, folder, "train.resume=auto", *still)
     expected, losses = train_losses(same), train_losses(other)
     assert losses.keys() == expected.keys()
     assert len(losses) > 10
     np.testing.assert_allclose([losses[s] for s in expected], list(expected.values()), atol=1e-4)
+
+
+def test_a_used_folder_is_refused_on_all_ranks(data, run):
+    folder, _ = run
+    before = (folder / "config.yaml").read_text()
+    for sentence in run_ranks(2, refusal, data, folder, "encoder.dim=4"):
+        assert "holds a run already; give another folder" in sentence
+    assert (folder / "config.yaml").read_text() == before
+
+
+def refusal(data: Path, folder: Path, *settings: str) -> str:
+    with pytest.raises(ValueError) as raised:
+        train_once(data, folder, *settings)
+    return str(raised.value)
+
+
+def test_a_run_out_of_patience_is_only_measured_again(data, tmp_path):
+    patient = ("train.patience=1", "optim.lr=1e-9", "table.lr=1e-9", "train.resume=auto")
+    first = train_once(data, tmp_path / "run", *patient)
+    assert first["timing"]["epochs"] < NUM_EPOCHS
+    again = train_once(data, tmp_path / "run", *patient)
+    assert measured(again) == measured(first)
+    assert again["timing"] == first["timing"]
+
+
+def test_a_checkpoint_of_another_folder_begins_a_run_with_its_own_best(data, run, tmp_path):
+    whole, _ = run
+    newest = max((whole / "checkpoints").glob("step_*"))
+    longer = f"train.max_epochs={NUM_EPOCHS + 1}"
+    result = train_once(data, tmp_path / "run", f"train.resume={newest}", longer)
+    assert result["timing"]["best_epoch"] == NUM_EPOCHS + 1
+
+
+def test_other_items_are_refused(data, run, tmp_path):
+    whole, _ = run
+    other = shutil.copytree(data, tmp_path / "data")
+    stats = json.loads((other / "stats.json").read_text()) | {"item_map_hash": "another"}
+    (other / "stats.json").write_text(json.dumps(stats))
+    with pytest.raises(ValueError, match="was trained on other items than"):
+        evaluate_run(whole, [f"data.path={other}"])
+
+
+def test_a_missing_checkpoint_is_named(data, tmp_path):
+    sentence = refusal(data, tmp_path / "run", "train.resume=runs/typo")
+    assert sentence == "there is no checkpoint runs/typo; give the folder of a step"

@@ -1,11 +1,14 @@
 """Sharded training against an unsharded plain-torch model: the same losses, the same weights."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hstu_rec import distributed
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.stream import TrainStream
@@ -22,6 +25,22 @@ SETTINGS = {
     "all": ["loss.negatives=all"],
     "all, with ranks without users": ["loss.negatives=all", "data.batch_users=2"],
     "in_batch": ["loss.negatives=in_batch", "loss.use_logq=true"],
+    "mixed, dot, warm-up, table-wise": [
+        "loss.negatives=mixed",
+        "loss.num_negatives=20",
+        "loss.use_logq=true",
+        "loss.similarity=dot",
+        "loss.temperature=1",
+        "optim.warmup_steps=3",
+        "table.sharding=table_wise",
+    ],
+    "frequency, sgd, cosine": [
+        "loss.negatives=frequency",
+        "loss.num_negatives=20",
+        "table.optimizer=sgd",
+        "optim.schedule=cosine",
+        "train.max_epochs=2",
+    ],
 }
 
 
@@ -99,7 +118,9 @@ def plain_loss(rows, weights, batch, config, log_weights, log_q):
         for part in (batch.item_ids, batch.timestamps, batch.next_timestamps)
     )
     x = plain_encoder(weights, rows[items], times, next_times, config.encoder)[is_event]
-    scores = F.normalize(x, dim=1) @ F.normalize(rows, dim=1).T / config.loss.temperature
+    if config.loss.similarity == "cosine":
+        x, rows = F.normalize(x, dim=1), F.normalize(rows, dim=1)
+    scores = x @ rows.T / config.loss.temperature
     target = batch.target_ids[:, None]
     own = scores.gather(1, target) - log_q[target]
     others = (scores + log_weights).scatter(1, target, -torch.inf)
@@ -108,29 +129,50 @@ def plain_loss(rows, weights, batch, config, log_weights, log_q):
 
 def candidates(config, dataset, batch, step):
     """(log of the times each item is a candidate less its logQ [N], logQ [N]) of a step."""
+    loss = config.loss
     log_q = torch.zeros(NUM_ITEMS)
-    if config.loss.negatives == "all":
+    if loss.negatives == "all":
         return torch.zeros(NUM_ITEMS), log_q
-    if config.loss.negatives == "in_batch":
-        counts = torch.from_numpy(np.asarray(dataset.train_counts)).float()
-        log_q = (counts / counts.sum()).clamp(min=1e-12).log()
-        times_drawn = torch.bincount(batch.target_ids, minlength=NUM_ITEMS)
-        return times_drawn.log() - log_q, log_q
-    sampler = NegativeSampler(config.loss, NUM_ITEMS, dataset.train_counts, config.train.seed)
+    counts = torch.from_numpy(np.asarray(dataset.train_counts)).double()
+    powers = counts**loss.frequency_power
+    by_power = powers / powers.sum()
+    probability = {
+        "in_batch": counts / counts.sum(),
+        "uniform": torch.full((NUM_ITEMS,), 1 / NUM_ITEMS),
+        "frequency": by_power,
+        "mixed": (1 / NUM_ITEMS + by_power) / 2,
+    }[loss.negatives]
+    if loss.use_logq:
+        log_q = probability.clamp(min=1e-12).log().float()
+    if loss.negatives == "in_batch":
+        return torch.bincount(batch.target_ids, minlength=NUM_ITEMS).log() - log_q, log_q
+    sampler = NegativeSampler(loss, NUM_ITEMS, dataset.train_counts, config.train.seed)
     drawn = sampler.draw(step, batch.target_ids)
     weights = torch.full((NUM_ITEMS,), -torch.inf)
     weights[drawn.ids] = drawn.log_weights
+    times_drawn = (weights + log_q).exp()  # whole numbers that add up to what was asked for
+    torch.testing.assert_close(times_drawn, times_drawn.round(), atol=1e-4, rtol=0)
+    assert round(float(times_drawn.sum())) == loss.num_negatives
     return weights, log_q
 
 
+def plain_rate(config, step, steps_an_epoch):
+    """The learning rates' factor: linear warm-up, then constant or half a cosine to 0 at the last step."""
+    if step < config.optim.warmup_steps:
+        return (step + 1) / config.optim.warmup_steps
+    if config.optim.schedule == "constant":
+        return 1.0
+    return (1 + np.cos(np.pi * step / (config.train.max_epochs * steps_an_epoch - 1))) / 2
+
+
 def train_plainly(path, settings, rows, encoder_state):
-    """The same steps on whole batches; encoder, loss and row-wise Adagrad written out in plain torch."""
+    """The same steps on whole batches; encoder, loss and optimizers written out in plain torch, float64."""
     config, dataset = make_config(path, settings), Dataset(path)
-    rows = torch.from_numpy(rows).requires_grad_()
-    weights = {n: torch.from_numpy(v).requires_grad_() for n, v in encoder_state.items()}
+    rows = torch.from_numpy(rows).double().requires_grad_()
+    weights = {n: torch.from_numpy(v).double().requires_grad_() for n, v in encoder_state.items()}
     stream = TrainStream(dataset, config.data, config.encoder.max_history_len, config.train.seed)
     optimizer = torch.optim.AdamW(weights.values(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0)
-    moment, losses, step = torch.zeros(NUM_ITEMS, 1), [], 0
+    moment, losses, step = torch.zeros(NUM_ITEMS, 1, dtype=torch.float64), [], 0
     for epoch in range(9):
         for index in range(stream.num_steps(epoch)):
             if step == NUM_STEPS:
@@ -141,11 +183,15 @@ def train_plainly(path, settings, rows, encoder_state):
             )
             loss.backward()
             nn.utils.clip_grad_norm_(weights.values(), 1.0)
+            factor = plain_rate(config, step, stream.num_steps(0))
+            optimizer.param_groups[0]["lr"] = 1e-3 * factor
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
                 moment += rows.grad.square().mean(1, keepdim=True)
-                rows -= config.table.lr * rows.grad / (moment.sqrt() + config.table.eps)
+                is_sgd = config.table.optimizer == "sgd"
+                divisor = 1 if is_sgd else moment.sqrt() + config.table.eps
+                rows -= config.table.lr * factor * rows.grad / divisor
                 rows.grad = None
             losses.append(float(loss.detach()))
             step += 1
@@ -186,3 +232,49 @@ def test_the_first_rows_depend_on_the_seed_and_not_on_the_ranks(tmp_path):
     np.testing.assert_array_equal(whole_table(run_ranks(3, initial_rows, path, 1), 0), one)
     assert not np.isclose(one, other).any()
     assert 0.015 < one.std() < 0.025
+
+
+def step_after_damage(path, settings):
+    """(the guard's sentence, rows before, rows after) of a step whose encoder is NaN on rank 0 only."""
+    learner = Learner(make_config(path, settings), Dataset(path), torch.device("cpu"))
+    learner.step(0, 0, 0)
+    if distributed.rank() == 0:
+        with torch.no_grad():
+            learner.dense[0].fill_(math.nan)
+    before = [rows.clone().numpy() for rows, _ in local_shards(learner.model)]
+    with pytest.raises(FloatingPointError) as raised:
+        learner.step(0, 1, 1)
+    return str(raised.value), before, [rows.numpy() for rows, _ in local_shards(learner.model)]
+
+
+@pytest.mark.parametrize("settings", [SETTINGS["uniform"], SETTINGS["all"]], ids=["uniform", "all"])
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_a_row_changes(tmp_path, settings):
+    path = tmp_path / "data"
+    make_data(path)
+    for sentence, before, after in run_ranks(2, step_after_damage, path, settings):
+        assert "the loss is nan at step 1 (epoch 0, batch 1); no row was changed by it" in sentence
+        np.testing.assert_equal(after, before)
+
+
+def losses_of_two_steps(path, settings):
+    config = make_config(path, [*settings, "data.batch_users=4"])
+    learner = Learner(config, Dataset(path), torch.device("cpu"))
+    return [float(learner.step(0, index, index)) for index in range(2)]
+
+
+def refusal(path, settings):
+    with pytest.raises(ValueError) as raised:
+        losses_of_two_steps(path, settings)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("negatives", ["all", "uniform"])
+def test_more_ranks_than_items_need_one_owner(tmp_path, negatives):
+    path, settings = tmp_path / "data", [f"loss.negatives={negatives}"]
+    write_dataset(path, [[0, 1, 0, 1, 1]] * 8, num_items=2)
+    for sentence in run_ranks(3, refusal, path, settings):
+        assert sentence.startswith("2 items cannot be spread over 3 ranks")
+        assert "table.sharding=table_wise" in sentence
+    alone = run_ranks(1, losses_of_two_steps, path, settings)[0]
+    for losses in run_ranks(3, losses_of_two_steps, path, [*settings, "table.sharding=table_wise"]):
+        np.testing.assert_allclose(losses, alone, atol=1e-5)
