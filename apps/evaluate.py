@@ -1,6 +1,8 @@
 """Measures a finished run's best checkpoint again, at any number of processes.
 
 python apps/evaluate.py RUN_FOLDER [key=value ...]
+
+The keys are those of apps/train.py (python apps/train.py help), for example eval.batch_users=256.
 """
 
 import json
@@ -13,6 +15,9 @@ from hstu_rec.trainer import evaluate_run
 
 
 def main(arguments: list[str]) -> None:
+    if {"help", "--help", "-h"} & set(arguments):
+        print(__doc__)
+        return
     if not arguments or "=" in arguments[0]:
         raise ValueError(
             "give the run's folder: python apps/evaluate.py RUN_FOLDER [key=value ...]"

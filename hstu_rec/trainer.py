@@ -64,7 +64,11 @@ def train(config: RunConfig) -> dict[str, Any]:
 def evaluate_run(folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Validation and test metrics of a finished run's best checkpoint, at any world size. Collective."""
     if not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(f"{folder} is no run folder: it has no config.yaml")
+        what = "has no config.yaml" if folder.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"{folder} is no run folder: it {what}; give one that apps/train.py wrote, "
+            "runs/<time>-<name>"
+        )
     config = load(RunConfig, [str(folder / "config.yaml"), *overrides])
     with distributed.process_group(config.train.device) as device:
         dataset = Dataset(config.data.path)
@@ -229,11 +233,17 @@ def _result(
 def _run_folder(config: RunConfig) -> Path:
     """train.run_dir, or runs/<time>-<name>, the same on every rank.
 
-    Raises ValueError on all ranks when another run is there already.
+    Raises ValueError on all ranks when another run is there already, or train.resume is nowhere.
     """
+    resume = config.train.resume
+    if resume not in ("none", "auto") and not Path(resume).is_dir():
+        raise ValueError(
+            f"train.resume '{resume}' does not exist; give none, auto (the newest checkpoint of "
+            "train.run_dir), or a checkpoint's folder, RUN/checkpoints/step_<number>"
+        )
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(distributed.broadcast_text(config.train.run_dir or f"runs/{stamp}-{config.name}"))
-    is_own = config.train.resume == "auto" or Path(config.train.resume).is_relative_to(folder)
+    is_own = resume == "auto" or Path(resume).is_relative_to(folder)
     is_used = any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl"))
     # Rank 0 looks, because it also begins to write.
     if distributed.broadcast_text("used" if is_used and not is_own else ""):
@@ -256,7 +266,7 @@ def _opening(config: RunConfig, dataset: Dataset, learner: Learner, folder: Path
             f"data        {dataset.path}: {dataset.num_users:,} users, {dataset.num_items:,} items, "
             f"{dataset.num_events:,} events",
             f"model       {config.encoder.attention} attention, {num_dense:,} dense parameters, "
-            f"item table {table_mib:.1f} MiB over {distributed.world_size()} ranks",
+            f"item table {table_mib:.2f} MiB over {distributed.world_size()} ranks",
             f"sharding    {config.table.sharding}, {config.table.optimizer} in the backward pass",
             f"loss        softmax, negatives {loss.negatives}{count}, {loss.similarity}",
             f"device      {learner.device}, {distributed.world_size()} processes, fp32, attention in "

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from event_files import (
     DAY,
@@ -235,5 +236,16 @@ def test_no_rows_left_says_why(tmp_path: Path) -> None:
     assert "rating below 5: 10" in refusal(source, tmp_path, min_rating=5)
     message = refusal(source, tmp_path, min_user_events=50)
     assert "no rows are left of 10; user with fewer than 50 events: 10; lower" in message
-    assert "no rows are left" in refusal(text(tmp_path, as_csv([])), tmp_path)
+    assert "there are no rows in" in refusal(text(tmp_path, as_csv([])), tmp_path)
     assert "no rows are left" in refusal(source, tmp_path, kcore=9)
+
+
+def test_the_row_of_the_first_bad_value_is_told_within_its_file(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    good, bad = table(), table().to_pydict()
+    bad["item_id"][6] = None
+    pq.write_table(good, folder / "a.parquet")
+    pq.write_table(pa.table(bad), folder / "b.parquet")
+    message = refusal(folder, tmp_path)
+    assert "b.parquet: 1 row with null item_id, first in row 7 of this file" in message

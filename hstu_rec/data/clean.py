@@ -89,6 +89,8 @@ def clean(
         below = _scalar(connection, f"SELECT count(*) FROM typed WHERE {is_low}")
         dropped |= {f"rating below {min_rating:g}": below} if below else {}
         is_kept += f" AND rating >= {float(min_rating)!r}"
+    if not rows_read:
+        raise ValueError(f"there are no rows in {_names(staged.files)}; give files with events")
     if rows_read == sum(dropped.values()):
         raise ValueError(
             f"no rows are left of {rows_read:,} in {_names(staged.files)}"
@@ -303,24 +305,27 @@ def _bad(staged: Staged, typed: dict[str, _Column]) -> dict[str, str]:
     return tests
 
 
+def _first_seq(connection: duckdb.DuckDBPyConnection, file: int) -> int:
+    return _scalar(connection, f"SELECT min(rowid) FROM staged WHERE file = {file}")
+
+
 def _bad_row_counts(
     connection: duckdb.DuckDBPyConnection, staged: Staged, bad_rows: BadRows
 ) -> dict[str, int]:
     """Bad rows by reason; with bad_rows=raise, an error that names files, columns and counts."""
     found = connection.execute(
-        "SELECT reason, count(*), min(file) FROM typed WHERE reason IS NOT NULL "
+        "SELECT reason, count(*), min(file), min(seq) FROM typed WHERE reason IS NOT NULL "
         "GROUP BY reason ORDER BY reason"
     ).fetchall()
     if found and bad_rows == "raise":
         told = "; ".join(
-            f"{staged.files[file]}: {count:,} {'row' if count == 1 else 'rows'} with {reason}"
-            for reason, count, file in found
+            f"{staged.files[file]}: {count:,} {'row' if count == 1 else 'rows'} with {reason}, "
+            f"first in row {seq - _first_seq(connection, file) + 1:,} of this file"
+            for reason, count, file, seq in found
         )
-        raise ValueError(
-            f"{told} (first file with it); mend the rows, or leave them out with bad_rows=drop"
-        )
+        raise ValueError(f"{told}; mend the rows, or leave them out with bad_rows=drop")
     malformed = {"malformed line": staged.num_malformed} if staged.num_malformed else {}
-    return malformed | {reason: count for reason, count, _ in found}
+    return malformed | {reason: count for reason, count, *_ in found}
 
 
 def _unit(

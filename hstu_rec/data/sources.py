@@ -161,7 +161,9 @@ def stage(
         except (duckdb.Error, OSError, EOFError, zlib.error) as error:
             if isinstance(error, (duckdb.OutOfMemoryException, FileNotFoundError)):
                 raise
-            raise ValueError(f"{path}: cannot be read: {_brief(error)}") from error
+            raise ValueError(
+                f"{path}: cannot be read: {_brief(error)}; copy or write the file again"
+            ) from error
         types = types or found
     return Staged(files=files, columns=columns, types=types, num_malformed=num_malformed)
 

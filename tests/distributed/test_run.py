@@ -154,4 +154,5 @@ def test_other_items_are_refused(data, run, tmp_path):
 
 def test_a_missing_checkpoint_is_named(data, tmp_path):
     sentence = refusal(data, tmp_path / "run", "train.resume=runs/typo")
-    assert sentence == "there is no checkpoint runs/typo; give the folder of a step"
+    assert sentence.startswith("train.resume 'runs/typo' does not exist; give none, auto")
+    assert not (tmp_path / "run").exists()
