@@ -11,7 +11,7 @@ ever held whole (the idea of Liger-Kernel's and Apple's fused linear cross entro
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu_rec import distributed
+from hstu_rec.data.batch import on_device
 
 NegativeKind = Literal["all", "uniform", "frequency", "in_batch", "mixed"]
 
@@ -78,12 +79,7 @@ class Negatives:
 
     def to(self, device: torch.device) -> "Negatives":
         """The candidates on `device`."""
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
+        return on_device(self, device)
 
 
 class NegativeSampler:

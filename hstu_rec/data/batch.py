@@ -4,10 +4,13 @@ item_ids    a b c | p q          offsets  0 3 5
 target_ids  b c d | q r          (training: every position has a target)
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,14 @@ class SequenceBatch:
 
     def to(self, device: torch.device) -> "SequenceBatch":
         """The batch on `device`."""
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
+        return on_device(self, device)
+
+
+def on_device(values: T, device: torch.device) -> T:
+    """A copy of a dataclass, its tensors on `device`."""
+    moved = {
+        field.name: value.to(device, non_blocking=True)
+        for field in fields(values)
+        if isinstance(value := getattr(values, field.name), Tensor)
+    }
+    return replace(values, **moved)
