@@ -54,9 +54,8 @@ def step_times(learner: Learner, epoch: int, num_steps: int) -> list[float]:
 
 def compare_steps(config: RunConfig, device: torch.device) -> Iterator[str]:
     """Lines of a table: the median step on jagged histories, and on padded ones. Collective."""
-    medians = {}
+    medians, dataset = {}, Dataset(config.data.path)
     for name, stream in (("jagged", TrainStream), ("padded", PaddedStream)):
-        dataset = Dataset(config.data.path)
         learner = Learner(config, dataset, device)
         learner.stream = stream(
             dataset, config.data, config.encoder.max_history_len, config.train.seed

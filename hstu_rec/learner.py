@@ -66,7 +66,6 @@ class Learner:
             fused=True,
         )
         self._ahead: Prepared | None = None
-        self._table_rate: float | None = None  # what the kernels were given last
         self.num_steps_planned = config.train.max_epochs * self.stream.num_steps(0)
 
     def step(self, epoch: int, index: int, step: int) -> Tensor:
@@ -117,13 +116,12 @@ class Learner:
         factor = rate_factor(self.config.optim, step, self.num_steps_planned)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.optim.lr * factor
-        rate = self.config.table.lr * factor
-        if rate != self._table_rate:
-            fused: Any = self.model.fused_optimizer
-            for group in fused.param_groups:
+        rate, fused = self.config.table.lr * factor, self.model.fused_optimizer
+        groups: Any = fused.param_groups
+        if any(group["lr"] != rate for group in groups):
+            for group in groups:
                 group["lr"] = rate
             fused.step()  # changes no weight: it hands the rate to the kernels
-            self._table_rate = rate
 
     def continue_at(self, step: int) -> None:
         """Tells the table's optimizer how many steps its loaded state has seen (Adam's correction)."""

@@ -63,14 +63,14 @@ class LossConfig:
 class Negatives:
     """The candidates of a step: the same on every rank, or divided over the ranks."""
 
-    ids: Tensor  # int64 [R], distinct, sorted
-    log_weights: Tensor | None = (
-        None  # float32 [R]: log of the times drawn, less logQ; None for zeros
-    )
-    target_log_q: Tensor | None = None  # float32 [P]: logQ of this rank's targets; None for zeros
-    largest_part: int = (
-        0  # when divided, ids are this rank's part and this the largest R of all ranks
-    )
+    ids: Tensor
+    """int64 [R], distinct, sorted; when divided, this rank's part."""
+    log_weights: Tensor | None = None
+    """float32 [R]: log of the times drawn, less logQ; None for zeros."""
+    target_log_q: Tensor | None = None
+    """float32 [P]: logQ of this rank's targets; None for zeros."""
+    largest_part: int = 0
+    """The largest R of all ranks when divided, else 0."""
 
     @property
     def is_divided(self) -> bool:

@@ -5,8 +5,8 @@
     protocol   use_query_time (bool), max_history_len, num_candidates (all items), num_users,
                test_history_includes_valid (bool), selection_metric ("seen_allowed/ndcg@10");
                optional: data (statistics by name), further settings
-    test       {"seen_masked": PART, "seen_allowed": PART}, where PART has mrr and any recall@k and
-               ndcg@k, the same in both; recall@5, recall@10, ndcg@5, ndcg@10 and mrr are shown first
+    test       {"seen_masked": PART, "seen_allowed": PART}, where PART has mrr, any recall@k and any
+               ndcg@k; mrr and, at 5 and 10, what one part has all have, and these are shown first
     valid      the same two parts, or the metrics themselves
     baselines  {"popularity": {"seen_masked": PART, "seen_allowed": PART}, "co_occurrence": ...}
                or {}
@@ -83,30 +83,26 @@ def _check(result: Mapping[str, Any]) -> None:
     problems += [
         f"timing.{name} is missing" for name in TIMING if name not in result.get("timing", {})
     ]
-    shown = _metrics(result)
+    measured = {name for part in result.get("test", {}).values() for name in part}
+    needed = [name for name in FIRST_METRICS if name in measured | {"mrr"}]
     rows = {"test": result.get("test", {})}
     rows |= {f"baselines.{name}": row for name, row in result.get("baselines", {}).items()}
     problems += [
         f"{place}.{seen}.{metric} is missing"
         for place, row in rows.items()
         for seen in SEEN_ITEMS
-        for metric in shown
+        for metric in needed
         if metric not in row.get(seen, {})
     ]
     if problems:
         raise ValueError(f"no report of this result: {'; '.join(problems)}")
 
 
-def _metrics(result: Mapping[str, Any]) -> list[str]:
-    """The names of the test metrics, those of FIRST_METRICS first; "mrr" at least."""
-    found = {"mrr": None} | dict.fromkeys(result.get("test", {}).get("seen_masked", {}))
-    first = [name for name in FIRST_METRICS if name in found]
-    return [*first, *(name for name in found if name not in FIRST_METRICS)]
-
-
 def _metric_cells(result: Mapping[str, Any]) -> Iterator[list[str]]:
     """The header, then one row for each method and treatment of seen items."""
-    metrics = _metrics(result)
+    measured = result["test"]["seen_masked"]
+    metrics = [name for name in FIRST_METRICS if name in measured]
+    metrics += [name for name in measured if name not in FIRST_METRICS]
     yield ["method", "seen items", *metrics]
     for method, parts in {"model": result["test"], **result["baselines"]}.items():
         for seen, label in SEEN_ITEMS.items():

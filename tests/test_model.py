@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from hstu_rec.config import OptimConfig, RunConfig, load
+from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.encoder import Dropout, EncoderConfig, HSTUEncoder
 from hstu_rec.hstu import HSTU
 from hstu_rec.item_table import ItemTable, TableConfig
 from hstu_rec.learner import rate_factor
-from hstu_rec.loss import LossConfig, NegativeSampler
+from hstu_rec.loss import LossConfig, NegativeSampler, SampledSoftmax
+from hstu_rec.model import NextItemModel
 from hstu_rec.trainer import train
 from tests.datasets import write_dataset
 
@@ -86,6 +88,20 @@ def test_ids_outside_the_catalogue_are_refused():
     for bad in (-1, 10, 2**33):
         with pytest.raises(ValueError, match=r"1 item ids are outside the catalogue 0\.\.9"):
             table(torch.tensor(sorted([3, bad])))
+
+
+@pytest.mark.parametrize("bad", [-1, 10])
+def test_the_exact_softmax_refuses_ids_outside_the_catalogue_too(bad):
+    encoder = HSTUEncoder(EncoderConfig(dim=4, use_time_bias=False))
+    loss = SampledSoftmax(LossConfig(negatives="all"))
+    model = NextItemModel(ItemTable(TableConfig(), 10, 4, torch.device("cpu")), encoder, loss)
+    negatives = NegativeSampler(loss.config, 10, np.ones(10), seed=1).draw(0, torch.tensor([]))
+    times = torch.zeros(2, dtype=torch.int64)
+    for items, targets in (([1, bad], [2, 3]), ([1, 2], [3, bad])):
+        ids, target_ids = torch.tensor(items), torch.tensor(targets)
+        batch = SequenceBatch(ids, times, times, torch.tensor([0, 2]), target_ids, 2)
+        with pytest.raises(ValueError, match=r"1 item ids are outside the catalogue 0\.\.9"):
+            model(batch, negatives)
 
 
 def run_planted(path, is_shuffled):

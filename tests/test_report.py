@@ -99,9 +99,7 @@ def test_the_table_says_when_the_query_time_is_used(result):
 
 
 def test_metrics_at_other_cut_offs_get_their_own_column(result):
-    for parts in (result["test"], *result["baselines"].values()):
-        for values in parts.values():
-            values["recall@20"] = 0.5
+    result["test"]["seen_masked"]["recall@20"] = 0.5
     _, _, header, _, model, *_ = metric_table(result).splitlines()
     assert header.endswith("recall@20") and model.endswith("0.5000")
 
