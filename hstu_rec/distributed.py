@@ -130,6 +130,13 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
+    """The maximum over ranks, in place, on every rank."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
 def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """All ranks' `rows` [n_r, ...] concatenated by rank: [sum n_r, ...]; n_r may differ and be 0."""
     return all_gather_placed(rows)[0]

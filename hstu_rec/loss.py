@@ -11,7 +11,9 @@ ever held whole (the idea of Liger-Kernel's and Apple's fused linear cross entro
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -24,9 +26,13 @@ from hstu_rec.data.batch import on_device
 NegativeKind = Literal["all", "uniform", "frequency", "in_batch", "mixed"]
 
 LOG2_E = math.log2(math.e)
-# Logits of one chunk. On CPU few chunks mean few waits for other ranks, small ones stay in cache: of
-# 2**17 .. 2**23, the best at 2 ranks and 2 % from the best at 1 (1 MiB of L2 for two cores).
-CHUNK_LOGITS = {"cpu": 2**20, "cuda": 2**27}
+# Logits of one chunk of queries, all of which are held until the sums over the candidates are known. When
+# the catalogue is divided, each chunk waits for the other ranks.
+CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}
+# Logits of a tile, the part of a chunk that is worked on while it is in cache.
+TILE_LOGITS = {"cpu": 2**19, "cuda": 2**27}
+# Base-2 logits below this need no maximum taken off: sums of their exponentials stay below float32's 2**128.
+MAX_BOUNDED_LOGIT2 = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +147,14 @@ class SampledSoftmax(nn.Module):
         super().__init__()
         self.config = config
 
+    @property
+    def _is_bounded(self) -> bool:
+        """True when every logit, log weights of candidates aside, is known to be small."""
+        return (
+            self.config.similarity == "cosine"
+            and LOG2_E / self.config.temperature < MAX_BOUNDED_LOGIT2
+        )
+
     def item_vectors(self, rows: Tensor) -> Tensor:
         """Table rows [*, D] as they are scored, in training and in evaluation alike."""
         return _Unit.apply(rows) if self.config.similarity == "cosine" else rows
@@ -167,7 +181,10 @@ class SampledSoftmax(nn.Module):
         logits = (queries * self.item_vectors(targets)).sum(-1)
         if negatives.target_log_q is not None:
             logits = logits - negatives.target_log_q
-        return _SoftmaxLoss.apply(queries, logits, self.item_vectors(rows), target_ids, negatives)
+        candidates = self.item_vectors(rows)
+        return _SoftmaxLoss.apply(
+            queries, logits, candidates, target_ids, negatives, self._is_bounded
+        )
 
 
 class _Unit(torch.autograd.Function):
@@ -191,12 +208,13 @@ class _SoftmaxLoss(torch.autograd.Function):
     """sum_p log(exp(t_p) + sum_{r: id_r != target_p} exp(q_p . c_r + w_r)) - t_p, a scalar.
 
     queries q [P, D], target_logits t [P], candidates c [R, D], target_ids int64 [P]; no gradient of w.
-    All gradients, of the sum of all ranks' losses, are made in forward.
+    `is_bounded`: no logit is so large that its exponential overflows. All gradients, of the sum of all
+    ranks' losses, are made in forward.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        queries, target_logits, candidates, target_ids, negatives = inputs
+        queries, target_logits, candidates, target_ids, negatives, is_bounded = inputs
         mine = slice(0, len(queries))
         if negatives.is_divided:
             queries, target_logits, target_ids, mine = _gather(queries, target_logits, target_ids)
@@ -205,32 +223,36 @@ class _SoftmaxLoss(torch.autograd.Function):
         scaled, targets2 = queries * LOG2_E, target_logits * LOG2_E
         weights2 = None if negatives.log_weights is None else negatives.log_weights * LOG2_E
         losses, grad_targets = torch.empty_like(target_logits), torch.empty_like(target_logits)
-        grad_queries = torch.empty_like(queries)
+        grad_queries = torch.zeros_like(queries)
         grad_candidates = torch.zeros_like(candidates)
         # As many chunks on every rank, because each ends with a collective when divided.
-        num_logits = len(queries) * max(len(candidates), negatives.largest_part, 1)
-        num_chunks = math.ceil(num_logits / CHUNK_LOGITS[queries.device.type])
-        size = math.ceil(len(queries) / max(num_chunks, 1)) or 1
-        block = queries.new_empty(min(size, len(queries)), len(candidates))
+        width = max(len(candidates), negatives.largest_part, 1)
+        size = max(CHUNK_LOGITS[queries.device.type] // width, 1)
+        block = queries.new_empty(min(size, len(queries)) * len(candidates))
         for begin in range(0, len(queries), size):
             part = slice(begin, begin + size)
-            target, hit = targets2[part], hits[part]
-            weights = torch.mm(scaled[part], candidates.T, out=block[: len(target)])
-            if weights2 is not None:
-                weights += weights2
-            # Where the target itself was drawn: masked, so that it is no negative of its own.
-            at = (hit >= 0).nonzero()[:, 0]
-            weights[at, hit[at]] = -torch.inf
-            own_top = torch.maximum(weights.amax(1), target) if len(candidates) else target
-            total = weights.sub_(own_top[:, None]).exp2_().sum(1)
-            top, total = _over_ranks(own_top, total) if negatives.is_divided else (own_top, total)
+            target, top, query = targets2[part], torch.zeros_like(targets2[part]), queries[part]
+            logits = _tiles(scaled[part], candidates, weights2, hits[part], block)
+            if not is_bounded:
+                logits = list(logits)
+                top = torch.stack([target, *(tile.amax(1) for _, tile in logits)]).amax(0)
+                if negatives.is_divided:
+                    distributed.all_reduce_max(top)
+                logits = [(at, tile.sub_(top[:, None])) for at, tile in logits]
+            # Each tile is exponentiated while it is in cache.
+            exponentials = [(at, tile, tile.exp2_().sum(1)) for at, tile in logits]
+            total = sum((s for *_, s in exponentials), torch.zeros_like(top))
+            if negatives.is_divided:
+                distributed.all_reduce_sum(total)
             target_weight = (target - top).exp2_()
             total += target_weight
             losses[part] = total.log2() + (top - target)
             grad_targets[part] = target_weight.div_(total).sub_(1)
-            scale = (own_top - top).exp2_().div_(total)[:, None]
-            torch.mm(weights, candidates, out=grad_queries[part]).mul_(scale)
-            grad_candidates.addmm_(weights.T, queries[part] * scale)
+            query = query / total[:, None]
+            for at, tile, _ in exponentials:
+                grad_queries[part].addmm_(tile, candidates[at])
+                grad_candidates[at].addmm_(tile.T, query)
+            grad_queries[part] /= total[:, None]
         if negatives.is_divided:
             distributed.all_reduce_sum(grad_queries)
         ctx.save_for_backward(grad_queries[mine], grad_targets[mine], grad_candidates)
@@ -239,14 +261,29 @@ class _SoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
-        return (*(saved * grad for saved in ctx.saved_tensors), None, None)
+        return (*(saved * grad for saved in ctx.saved_tensors), None, None, None)
 
 
-def _over_ranks(top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """All ranks' sums `total` * 2 ** `top` [P], added up, in the same form."""
-    tops, totals = distributed.all_gather_stacked(torch.stack([top, total])).unbind(1)
-    top = tops.amax(0)
-    return top, (totals * (tops - top).exp2_()).sum(0)
+def _tiles(
+    queries: Tensor, candidates: Tensor, weights: Tensor | None, hits: Tensor, block: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """Tiles [n, t] of the logits q . c + w, views of `block`, and which candidates each is of.
+
+    queries [n, D], candidates [R, D], weights [R]. Entry (p, hits_p) is -inf, where p's target itself was
+    drawn (hits_p >= 0), so that it is no negative of its own.
+    """
+    width = max(TILE_LOGITS[queries.device.type] // len(queries) // 32, 1) * 32
+    bounds = [*range(0, len(candidates), width), len(candidates)]
+    hits, order = hits.sort()
+    edges = torch.searchsorted(hits, torch.tensor(bounds, device=hits.device)).tolist()
+    for (begin, end), hit in zip(pairwise(bounds), pairwise(edges), strict=True):
+        tile = block[begin * len(queries) : end * len(queries)].view(len(queries), -1)
+        torch.mm(queries, candidates[begin:end].T, out=tile)
+        if weights is not None:
+            tile += weights[begin:end]
+        if hit[0] < hit[1]:
+            tile[order[slice(*hit)], hits[slice(*hit)] - begin] = -torch.inf
+        yield slice(begin, end), tile
 
 
 def _places(target_ids: Tensor, ids: Tensor) -> Tensor:

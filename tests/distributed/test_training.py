@@ -23,7 +23,11 @@ NUM_ITEMS = 40
 SETTINGS = {
     "uniform": ["loss.negatives=uniform", "loss.num_negatives=20"],
     "all": ["loss.negatives=all"],
-    "all, with ranks without users": ["loss.negatives=all", "data.batch_users=2"],
+    "all, with ranks without users and dot products": [
+        "loss.negatives=all",
+        "loss.similarity=dot",
+        "data.batch_users=2",
+    ],
     "in_batch": ["loss.negatives=in_batch", "loss.use_logq=true"],
     "mixed, dot, warm-up, table-wise": [
         "loss.negatives=mixed",
