@@ -6,15 +6,17 @@ the package: a default process group always exists after `start()`.
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T", bound=Any)
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 # A rank that dies is noticed by its peers after this long, when the launcher does not stop them first.
@@ -69,6 +71,16 @@ def _keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def on_device(values: T, device: torch.device) -> T:
+    """A copy of a dataclass, its tensors on `device`."""
+    moved = {
+        field.name: value.to(device, non_blocking=True)
+        for field in fields(values)
+        if isinstance(value := getattr(values, field.name), torch.Tensor)
+    }
+    return replace(values, **moved)
+
+
 def stop() -> None:
     """Leaves the process group; harmless when there is none."""
     if dist.is_initialized():
@@ -107,6 +119,17 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def seed(device: torch.device, *parts: int) -> None:
+    """Seeds torch's generator of `device` with several numbers of at least 0.
+
+    torch.manual_seed would seed every back end there is: 0.4 ms, 2 % of a small step.
+    """
+    if device.type == "cuda":
+        torch.cuda.manual_seed(mixed_seed(*parts))
+    else:
+        torch.default_generator.manual_seed(mixed_seed(*parts))
+
+
 def mixed_seed(*parts: int) -> int:
     """One seed of 32 bits (all that torch's CPU generator reads) from several numbers of at least 0."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
@@ -128,6 +151,15 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def start_all_reduce_sum(tensor: torch.Tensor) -> Callable[[], None]:
+    """Begins the sum over ranks, in place; what is returned waits until it is there."""
+    if world_size() == 1:
+        return lambda: None
+    work = dist.all_reduce(tensor, async_op=True)
+    assert work is not None
+    return work.wait  # pyright: ignore[reportReturnType]
 
 
 def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:

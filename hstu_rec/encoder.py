@@ -172,9 +172,7 @@ class HSTULayer(nn.Module):
             if table is not None:
                 nn.init.normal_(table, std=0.02)
 
-    def forward(
-        self, x: Tensor, offsets: Tensor, layout: JaggedLayout, timestamps: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, offsets: Tensor, layout: JaggedLayout) -> Tensor:
         """x [T, D] to [T, D]; see `HSTUEncoder.forward`."""
         projected = self.project(self.input_norm(x))
         if self.use_gate:
@@ -189,7 +187,6 @@ class HSTULayer(nn.Module):
             scale=self.scale,
             position_bias=self.position_bias,
             time_bias=self.time_bias,
-            timestamps=timestamps,
             layout=layout,
         ).flatten(1)
         if self.use_gate:
@@ -216,12 +213,31 @@ class HSTUEncoder(nn.Module):
         self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_layers))
         self.final_norm = make_norm(config.final_norm, config.dim)
 
+    def layout(
+        self,
+        offsets: Tensor,
+        timestamps: Tensor | None = None,
+        next_timestamps: Tensor | None = None,
+    ) -> JaggedLayout:
+        """How the layers cut a batch, from the arguments of `forward`: to make it ahead, on any device."""
+        config = self.config
+        if not config.use_time_bias:
+            return jagged_layout(offsets, config.num_heads)
+        if timestamps is None:
+            raise ValueError("use_time_bias needs timestamps (int64 [T], s)")
+        if config.query_time == "own":
+            return jagged_layout(offsets, config.num_heads, timestamps)
+        if next_timestamps is None:
+            raise ValueError("query_time='next' needs next_timestamps (int64 [T], s)")
+        return jagged_layout(offsets, config.num_heads, timestamps, next_timestamps)
+
     def forward(
         self,
         x: Tensor,
         offsets: Tensor,
         timestamps: Tensor | None = None,
         next_timestamps: Tensor | None = None,
+        layout: JaggedLayout | None = None,
     ) -> Tensor:
         """One query vector for every event: [T, D].
 
@@ -231,23 +247,14 @@ class HSTUEncoder(nn.Module):
             timestamps: int64 [T] in s, needed with `use_time_bias`.
             next_timestamps: int64 [T] in s, needed with `query_time="next"`: the time of the event to
                 predict, which at serving is the time of the request.
+            layout: `self.layout(offsets, timestamps, next_timestamps)`, when it was made ahead.
         """
-        config = self.config
-        query_times = None
-        if config.use_time_bias:
-            if timestamps is None:
-                raise ValueError("use_time_bias needs timestamps (int64 [T], s)")
-            if config.query_time == "next":
-                if next_timestamps is None:
-                    raise ValueError("query_time='next' needs next_timestamps (int64 [T], s)")
-                query_times = next_timestamps
+        layout = layout or self.layout(offsets, timestamps, next_timestamps)
         if self.position_embedding is not None:
             lengths = offsets[1:] - offsets[:-1]
             first = torch.repeat_interleave(offsets[:-1], lengths, output_size=x.shape[0])
             x = x + self.position_embedding[torch.arange(x.shape[0], device=x.device) - first]
         x = self.dropout(x)
-        times = timestamps if config.use_time_bias else None
-        layout = jagged_layout(offsets, config.num_heads, times, query_times)
         for layer in self.layers:
-            x = layer(x, offsets, layout, timestamps)
+            x = layer(x, offsets, layout)
         return self.final_norm(x)

@@ -5,6 +5,7 @@ TorchRec is imported here when a table is made, so that the configuration can be
 
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -100,23 +101,41 @@ class ItemTable(nn.Module):
 
 
 class SentIds:
-    """Ids on their way to the ranks that own their rows: TorchRec's two exchanges, begun ahead of use."""
+    """Ids on their way to the ranks that own their rows, and the rows on their way back.
+
+    TorchRec's three exchanges (sizes, ids, rows), each begun ahead of its use.
+    """
 
     def __init__(self, collection: Any, features: Any) -> None:
         self._collection, self._context = collection, collection.create_context()
         self._sizes = collection.input_dist(self._context, features)
         self._ids: Any = None
+        self._found: Any = None
+        self._rows: Tensor | None = None
 
     def advance(self) -> None:
         """Once the sizes are exchanged, starts the exchange of the ids; harmless when it has begun."""
         if self._ids is None:
             self._ids = self._sizes.wait()
 
+    def fetch(self) -> None:
+        """Reads the rows as they are now and starts their way back; harmless when it has begun."""
+        if self._found is None:
+            self.advance()
+            self._found = self._collection.compute_and_output_dist(self._context, self._ids.wait())
+
     def rows(self) -> Tensor:
-        """The rows [R, D] as they are now, with gradient; called once."""
-        self.advance()
-        found = self._collection.compute_and_output_dist(self._context, self._ids.wait())
-        return found[FEATURE].values()
+        """The rows [R, D] as they were when fetched, with gradient."""
+        rows = self._rows
+        if rows is None:
+            self.fetch()
+            rows = self._found[FEATURE].values()
+            self._rows = rows
+        return rows
+
+    def before_update(self, check: Callable[[], None]) -> None:
+        """Calls `check` in backward, before any row of the table changes; what it raises ends backward."""
+        self.rows().register_hook(lambda _: check())
 
 
 def check_ids(ids: Tensor, num_items: int) -> None:

@@ -1,11 +1,11 @@
 """Learner: the model, its optimizers and one training step.
 
-batch -> sum of losses / targets of all ranks -> guard -> backward (table rows step inside it)
-      -> clip -> AdamW on the dense part
+rows fetched (the next batch is made meanwhile) -> sum of losses / targets of all ranks
+    -> backward (the loss is checked, then the rows step inside it) -> clip -> AdamW on the dense part
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.stream import TrainStream
 from hstu_rec.encoder import HSTUEncoder
-from hstu_rec.item_table import ItemTable, shard_model
+from hstu_rec.item_table import ItemTable, SentIds, shard_model
 from hstu_rec.loss import Negatives, NegativeSampler, SampledSoftmax
 from hstu_rec.model import Lookup, NextItemModel
+from hstu_rec.ops import JaggedLayout
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,15 @@ class Prepared:
     batch: SequenceBatch
     negatives: Negatives
     lookup: Lookup
+    sent: SentIds
+    layout: JaggedLayout
 
 
 class Learner:
     """The model, its two optimizers and one training step.
 
-    The ids of the next batch of an epoch travel while this one goes backward (as in TorchRec's sparse
-    distribution pipeline), so that a step waits for rows only.
+    The next batch of an epoch is made while the rows of this one travel, and its ids travel while this one
+    goes backward (as in TorchRec's sparse distribution pipeline).
     """
 
     def __init__(self, config: RunConfig, dataset: Dataset, device: torch.device) -> None:
@@ -55,7 +58,7 @@ class Learner:
             SampledSoftmax(config.loss),
         )
         self.model = shard_model(model, config.table, device, config.train.seed)
-        self.encoder: nn.Module = model.encoder
+        self.encoder = model.encoder
         self.dense = [p for p in model.encoder.parameters() if p.requires_grad]
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
@@ -76,40 +79,52 @@ class Learner:
         # Before forward, where fbgemm's CPU kernels read the rate that their backward pass uses.
         self._set_rates(step)
         # Dropout is a function of (seed, step, rank), so that a resumed run repeats it.
-        torch.manual_seed(distributed.mixed_seed(self.config.train.seed, step, distributed.rank()))
+        distributed.seed(self.device, self.config.train.seed, step, distributed.rank())
         now, self._ahead = self._ahead, None
         if now is None or now.place != (epoch, index, step):
             now = self._prepare(epoch, index, step)
-        (loss_sum,) = self.model(now.batch, now.negatives, now.lookup)
+        now.sent.fetch()
         if index + 1 < self.stream.num_steps(epoch):
             self._ahead = self._prepare(epoch, index + 1, step + 1)
+        (loss_sum,) = self.model(now.batch, now.negatives, now.lookup, now.sent, now.layout)
+        if self._ahead:
+            self._ahead.sent.advance()
         loss = loss_sum / now.batch.num_targets_global
-        mean = distributed.all_reduce_sum(loss.detach().cpu().clone())
-        if not math.isfinite(mean):
-            raise FloatingPointError(
-                f"the loss is {float(mean)} at step {step} (epoch {epoch}, batch {index}); no row was "
-                "changed by it; lower optim.lr or table.lr"
-            )
-        if self._ahead and self._ahead.lookup.sent:
-            self._ahead.lookup.sent.advance()
+        mean = loss.detach().clone()
+        wait = distributed.start_all_reduce_sum(mean)
+
+        def check() -> None:
+            wait()
+            if not math.isfinite(mean):
+                raise FloatingPointError(
+                    f"the loss is {float(mean)} at step {step} (epoch {epoch}, batch {index}); no row "
+                    "was changed by it; lower optim.lr or table.lr"
+                )
+
+        now.sent.before_update(check)
         # DDP and TorchRec both average gradients over ranks; the loss is already a global mean.
         (loss * distributed.world_size()).backward()
         if self.config.optim.clip_norm:
             nn.utils.clip_grad_norm_(self.dense, self.config.optim.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return mean
+        return mean.cpu()
 
     def _prepare(self, epoch: int, index: int, step: int) -> Prepared:
-        """Batch, negatives and distinct ids, made on CPU; the ids are sent."""
+        """Batch, negatives, distinct ids and layout, made on CPU; the ids are sent."""
         batch = self.stream.batch(epoch, index)
         negatives = self.sampler.draw(step, batch.target_ids)
         lookup = Lookup.of(batch, negatives).to(self.device)
+        sent = self.table.send(lookup.ids)
+        # After sending, because it takes longest.
+        layout = self.encoder.layout(batch.offsets, batch.timestamps, batch.next_timestamps)
         return Prepared(
             (epoch, index, step),
             batch.to(self.device),
             negatives.to(self.device),
-            replace(lookup, sent=self.table.send(lookup.ids)),
+            lookup,
+            sent,
+            layout.to(self.device),
         )
 
     def _set_rates(self, step: int) -> None:

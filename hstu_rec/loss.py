@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu_rec import distributed
-from hstu_rec.data.batch import on_device
+from hstu_rec.distributed import on_device
 
 NegativeKind = Literal["all", "uniform", "frequency", "in_batch", "mixed"]
 

@@ -9,6 +9,7 @@ from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.encoder import HSTUEncoder
 from hstu_rec.item_table import SentIds
 from hstu_rec.loss import Negatives, SampledSoftmax
+from hstu_rec.ops import JaggedLayout
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,6 @@ class Lookup:
 
     ids: Tensor  # int64 [R], distinct, sorted
     places: tuple[Tensor, ...]  # of histories, of targets, of negatives if any: int64 into the rows
-    sent: SentIds | None = None  # the ids on their way, when they were sent ahead
 
     @classmethod
     def of(cls, batch: SequenceBatch, negatives: Negatives | None = None) -> "Lookup":
@@ -29,7 +29,7 @@ class Lookup:
         return cls(unique, places.split([len(ids) for ids in uses]))
 
     def to(self, device: torch.device) -> "Lookup":
-        """The lookup on `device`, before its ids are sent."""
+        """The lookup on `device`."""
         places = tuple(place.to(device, non_blocking=True) for place in self.places)
         return Lookup(self.ids.to(device, non_blocking=True), places)
 
@@ -49,16 +49,20 @@ class NextItemModel(nn.Module):
         batch: SequenceBatch,
         negatives: Negatives | None = None,
         lookup: Lookup | None = None,
+        sent: SentIds | None = None,
+        layout: JaggedLayout | None = None,
     ) -> tuple[Tensor, ...]:
         """With `negatives`: (sum of this rank's losses,). Without: (queries [B, D], target vectors [B, D]).
 
-        `lookup`, of the same batch and negatives, is made here when it was not made ahead.
+        `lookup` of the same batch and negatives, its ids `sent` to their owners and the encoder's `layout`
+        are made here when they were not made ahead.
         One method, because DistributedModelParallel wraps `forward`.
         """
         lookup = lookup or Lookup.of(batch, negatives)
-        rows = self.table(lookup.ids) if lookup.sent is None else lookup.sent.rows()
+        rows = self.table(lookup.ids) if sent is None else sent.rows()
         history, targets, *rest = (rows.index_select(0, place) for place in lookup.places)
-        encoded = self.encoder(history, batch.offsets, batch.timestamps, batch.next_timestamps)
+        times = (batch.timestamps, batch.next_timestamps)
+        encoded = self.encoder(history, batch.offsets, *times, layout=layout)
         if negatives is not None:
             return (self.loss(encoded, targets, batch.target_ids, rest[0], negatives),)
         # One query a user, at its newest event, and its target, both as they are scored.

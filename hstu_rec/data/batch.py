@@ -4,13 +4,12 @@ item_ids    a b c | p q          offsets  0 3 5
 target_ids  b c d | q r          (training: every position has a target)
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T", bound=Any)
+from hstu_rec.distributed import on_device
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,3 @@ class SequenceBatch:
     def to(self, device: torch.device) -> "SequenceBatch":
         """The batch on `device`."""
         return on_device(self, device)
-
-
-def on_device(values: T, device: torch.device) -> T:
-    """A copy of a dataclass, its tensors on `device`."""
-    moved = {
-        field.name: value.to(device, non_blocking=True)
-        for field in fields(values)
-        if isinstance(value := getattr(values, field.name), Tensor)
-    }
-    return replace(values, **moved)

@@ -49,11 +49,14 @@ def jagged_attention(
         time_bias: [1, 129] or [H, 129]; needs `timestamps`.
         timestamps: int64 [T], s. query_times: int64 [T], s, what "now" is at each event; the event's
             own time when None.
-        layout: `jagged_layout(offsets, H, timestamps, query_times)`, to share it between layers.
+        layout: `jagged_layout(offsets, H, timestamps, query_times)`, to share it between layers; the
+            times are not needed beside it.
     """
-    if time_bias is not None and timestamps is None:
-        raise ValueError("time_bias is given without timestamps; pass int64 timestamps [T] in s")
     if layout is None:
+        if time_bias is not None and timestamps is None:
+            raise ValueError(
+                "time_bias is given without timestamps; pass int64 timestamps [T] in s"
+            )
         times = timestamps if time_bias is not None else None
         layout = jagged_layout(offsets, q.shape[1], times, query_times)
     return grouped_attention(
