@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu_rec.data.batch import SequenceBatch
+from hstu_rec.distributed import on_device
 from hstu_rec.encoder import HSTUEncoder
 from hstu_rec.item_table import SentIds
 from hstu_rec.loss import Negatives, SampledSoftmax
@@ -17,7 +18,8 @@ class Lookup:
     """What a batch reads from the table: every id once, and where each use finds its rows."""
 
     ids: Tensor  # int64 [R], distinct, sorted
-    places: tuple[Tensor, ...]  # of histories, of targets, of negatives if any: int64 into the rows
+    places: Tensor  # int64 into the rows: of histories, then targets, then negatives if any
+    counts: tuple[int, ...]  # of each
 
     @classmethod
     def of(cls, batch: SequenceBatch, negatives: Negatives | None = None) -> "Lookup":
@@ -26,12 +28,11 @@ class Lookup:
         if negatives is not None:
             uses.append(negatives.ids)
         unique, places = torch.unique(torch.cat(uses), return_inverse=True)
-        return cls(unique, places.split([len(ids) for ids in uses]))
+        return cls(unique, places, tuple(len(ids) for ids in uses))
 
     def to(self, device: torch.device) -> "Lookup":
         """The lookup on `device`."""
-        places = tuple(place.to(device, non_blocking=True) for place in self.places)
-        return Lookup(self.ids.to(device, non_blocking=True), places)
+        return on_device(self, device)
 
 
 class NextItemModel(nn.Module):
@@ -60,7 +61,7 @@ class NextItemModel(nn.Module):
         """
         lookup = lookup or Lookup.of(batch, negatives)
         rows = self.table(lookup.ids) if sent is None else sent.rows()
-        history, targets, *rest = (rows.index_select(0, place) for place in lookup.places)
+        history, targets, *rest = rows.index_select(0, lookup.places).split(lookup.counts)
         times = (batch.timestamps, batch.next_timestamps)
         encoded = self.encoder(history, batch.offsets, *times, layout=layout)
         if negatives is not None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hstu_rec.ops import jagged_attention, jagged_attention_reference, time_bucket
+from hstu_rec.ops import grouped, jagged_attention, jagged_attention_reference, time_bucket
 from hstu_rec.ops.grouped import length_groups
 
 LENGTHS = {
@@ -34,7 +34,11 @@ def make_inputs(lengths, heads=3, attention=5, value=7, bias_rows=1, positions=4
 @pytest.mark.parametrize("kind", ["silu", "softmax"])
 @pytest.mark.parametrize("bias_rows", [1, 3])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_grouped_attention_equals_the_reference_with_every_gradient(kind, bias_rows, lengths):
+@pytest.mark.parametrize("max_kept", [2**20, 0], ids=["kept", "made again"])
+def test_grouped_attention_equals_the_reference_with_every_gradient(
+    monkeypatch, kind, bias_rows, lengths, max_kept
+):
+    monkeypatch.setattr(grouped, "MAX_KEPT_ENTRIES", max_kept)
     tensors, offsets, times = make_inputs(lengths, bias_rows=bias_rows)
     results = []
     for function in (jagged_attention, jagged_attention_reference):

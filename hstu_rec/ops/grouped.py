@@ -19,9 +19,11 @@ from hstu_rec.ops.reference import AttentionKind, time_bucket
 GROUP_OVERHEAD_ENTRIES = 16384
 # Bounds the memory of one block of scores (entries of one head).
 MAX_BLOCK_ENTRIES = 2**23
-# Scores of a block of at most this many entries (of all heads) are kept for backward; above, making them
-# again costs less than the memory. Kept, they save 2 % of a step on Beauty.
+# Scores and weights of a block of at most this many entries (of all heads) are kept for backward; those
+# of larger ones are made again, to save memory. Kept, they save 4 % of a step on Beauty.
 MAX_KEPT_ENTRIES = 2**20
+# The score of a hidden key: silu, its slope and softmax are 0 there, in every float type.
+HIDDEN = -3e4
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Group:
     shape: tuple[int, int]  # b, l
     places: slice  # of the block among the H * b * l rows of all blocks
     distance: Tensor  # int64 [l, l]: i - j, 0 above the diagonal
-    visible: Tensor  # bool [b, l, l]: key j is seen by query i
+    hidden: Tensor  # bool [b, l, l]: key j is not seen by query i; all are hidden from padding
     buckets: Tensor | None  # int64 [b, l, l]: time bucket of (query i, key j), for a time bias
 
     def block(self, rows: Tensor) -> Tensor:
@@ -114,7 +116,7 @@ def jagged_layout(
         is_event = steps < index.new_tensor([lengths[u] for u in users])[:, None]
         first = starts[index][:, None]
         rows = torch.where(is_event, first + steps, first)
-        visible = (steps[:, None] >= steps) & is_event[:, :, None]
+        hidden = (steps[:, None] < steps) | ~is_event[:, :, None]
         buckets = None
         if timestamps is not None:
             now, at = timestamps if query_times is None else query_times, rows.to(device)
@@ -122,7 +124,7 @@ def jagged_layout(
         end = begin + num_heads * rows.numel()
         distance = (steps[:, None] - steps).clamp_(min=0).to(device)
         shape, place = (len(users), longest), slice(begin, end)
-        groups.append(Group(shape, place, distance, visible.to(device), buckets))
+        groups.append(Group(shape, place, distance, hidden.to(device), buckets))
         gathered.append((rows.flatten() * num_heads + heads).flatten())
         real = is_event.flatten().nonzero()[:, 0]
         events.append((rows.flatten()[real] * num_heads + heads).flatten())
@@ -152,7 +154,7 @@ def grouped_attention(
 def _scores(
     q: Tensor, k: Tensor, group: Group, position_bias: Tensor | None, time_bias: Tensor | None
 ) -> Tensor:
-    """q kᵀ + bias, [H, b, l, l], of a group's blocks q and k [H * b, l, A]."""
+    """q kᵀ + bias, or HIDDEN, [H, b, l, l], of a group's blocks q and k [H * b, l, A]."""
     users, length = group.shape
     scores = torch.bmm(q, k.transpose(1, 2)).view(-1, users, length, length)
     if position_bias is not None:
@@ -160,14 +162,14 @@ def _scores(
     if time_bias is not None:
         assert group.buckets is not None, "a time bias needs a layout made with timestamps"
         scores += time_bias[:, group.buckets]
-    return scores
+    return scores.masked_fill_(group.hidden, HIDDEN)
 
 
-def _weights(scores: Tensor, visible: Tensor, kind: AttentionKind) -> Tensor:
-    """Attention weights [H, b, l, l]; 0 where a key is not visible, and on padded queries."""
+def _weights(scores: Tensor, hidden: Tensor, kind: AttentionKind) -> Tensor:
+    """Attention weights [H, b, l, l]; 0 where a key is hidden, and on padded queries."""
     if kind == "silu":
-        return torch.nn.functional.silu(scores).mul_(visible)
-    return torch.softmax(scores.masked_fill(~visible, -1e30), dim=-1).mul_(visible)
+        return torch.nn.functional.silu(scores)
+    return torch.softmax(scores, dim=-1).masked_fill_(hidden, 0)
 
 
 class _GroupedAttention(torch.autograd.Function):
@@ -184,9 +186,9 @@ class _GroupedAttention(torch.autograd.Function):
         out = torch.empty_like(v)
         for group in layout.groups:
             scores = _scores(group.block(q), group.block(k), group, position_bias, time_bias)
-            ctx.kept.append(scores if scores.numel() <= MAX_KEPT_ENTRIES else None)
-            weights = _weights(scores, group.visible, kind).flatten(0, 1)
-            torch.bmm(weights, group.block(v), out=group.block(out))
+            weights = _weights(scores, group.hidden, kind)
+            ctx.kept.append((scores, weights) if scores.numel() <= MAX_KEPT_ENTRIES else None)
+            torch.bmm(weights.flatten(0, 1), group.block(v), out=group.block(out))
         out = layout.jagged(out)
         return out.mul_(scale) if kind == "silu" else out
 
@@ -200,17 +202,18 @@ class _GroupedAttention(torch.autograd.Function):
         grad_rows = tuple(torch.empty_like(x) for x in (q, k, v))
         grad_position = None if position_bias is None else torch.zeros_like(position_bias)
         grad_time = None if time_bias is None else torch.zeros_like(time_bias)
-        for group, scores in zip(layout.groups, ctx.kept, strict=True):
+        for group, kept in zip(layout.groups, ctx.kept, strict=True):
             block_q, block_k, block_v, block_out = (group.block(x) for x in (q, k, v, grad_out))
             grad_q, grad_k, grad_v = (group.block(x) for x in grad_rows)
-            if scores is None:
+            if kept is None:
                 scores = _scores(block_q, block_k, group, position_bias, time_bias)
-            weights = _weights(scores, group.visible, kind)
+                weights = _weights(scores, group.hidden, kind)
+            else:
+                scores, weights = kept
             # Padded queries have weight 0, so their repeated rows of grad_out add nothing.
             torch.bmm(weights.flatten(0, 1).transpose(1, 2), block_out, out=grad_v)
             grad_scores = torch.bmm(block_out, block_v.transpose(1, 2)).view_as(scores)
             if kind == "silu":
-                grad_scores.mul_(group.visible)
                 grad_scores = torch.ops.aten.silu_backward(grad_scores, scores)
             else:
                 mean = (weights * grad_scores).sum(-1, keepdim=True)
