@@ -28,7 +28,7 @@ NegativeKind = Literal["all", "uniform", "frequency", "in_batch", "mixed"]
 LOG2_E = math.log2(math.e)
 # Logits of one chunk of queries, all of which are held until the sums over the candidates are known. When
 # the catalogue is divided, each chunk waits for the other ranks.
-CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}
+CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 # Logits of a tile, the part of a chunk that is worked on while it is in cache.
 TILE_LOGITS = {"cpu": 2**19, "cuda": 2**27}
 # Base-2 logits below this need no maximum taken off: sums of their exponentials stay below float32's 2**128.
@@ -227,7 +227,8 @@ class _SoftmaxLoss(torch.autograd.Function):
         grad_candidates = torch.zeros_like(candidates)
         # As many chunks on every rank, because each ends with a collective when divided.
         width = max(len(candidates), negatives.largest_part, 1)
-        size = max(CHUNK_LOGITS[queries.device.type] // width, 1)
+        num_chunks = math.ceil(len(queries) * width / CHUNK_LOGITS[queries.device.type])
+        size = math.ceil(len(queries) / max(num_chunks, 1)) or 1
         block = queries.new_empty(min(size, len(queries)) * len(candidates))
         for begin in range(0, len(queries), size):
             part = slice(begin, begin + size)
