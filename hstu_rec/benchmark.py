@@ -56,10 +56,7 @@ def compare_steps(config: RunConfig, device: torch.device) -> Iterator[str]:
     """Lines of a table: the median step on jagged histories, and on padded ones. Collective."""
     medians, dataset = {}, Dataset(config.data.path)
     for name, stream in (("jagged", TrainStream), ("padded", PaddedStream)):
-        learner = Learner(config, dataset, device)
-        learner.stream = stream(
-            dataset, config.data, config.encoder.max_history_len, config.train.seed
-        )
+        learner = Learner(config, dataset, device, stream)
         num_steps = min(NUM_STEPS, learner.stream.num_steps(0))
         times = step_times(learner, 0, num_steps)
         times = times[min(NUM_WARM_UP_STEPS, num_steps - 1) :]

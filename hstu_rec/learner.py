@@ -1,11 +1,11 @@
 """Learner: the model, its optimizers and one training step.
 
-rows fetched (the next batch is made meanwhile) -> sum of losses / targets of all ranks
-    -> backward (the loss is checked, then the rows step inside it) -> clip -> AdamW on the dense part
+rows fetched -> sum of losses / targets of all ranks -> backward (the loss is checked, then the rows
+    step inside it) -> clip -> AdamW on the dense part
 """
 
 import math
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,52 +13,39 @@ from torch import Tensor, nn
 
 from hstu_rec import distributed
 from hstu_rec.config import OptimConfig, RunConfig
-from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.stream import TrainStream
 from hstu_rec.encoder import HSTUEncoder
-from hstu_rec.item_table import ItemTable, SentIds, shard_model
-from hstu_rec.loss import Negatives, NegativeSampler, SampledSoftmax
-from hstu_rec.model import Lookup, NextItemModel
-from hstu_rec.ops import JaggedLayout
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What the model is given at a step, its ids on their way to their owners."""
-
-    place: tuple[int, int, int]  # epoch, batch of the epoch, step
-    batch: SequenceBatch
-    negatives: Negatives
-    lookup: Lookup
-    sent: SentIds
-    layout: JaggedLayout
+from hstu_rec.item_table import ItemTable, shard_model
+from hstu_rec.loss import NegativeSampler, SampledSoftmax
+from hstu_rec.model import NextItemModel
+from hstu_rec.pipeline import InputPipeline, Meanwhile, Place
 
 
 class Learner:
-    """The model, its two optimizers and one training step.
+    """The model, its two optimizers and one training step."""
 
-    The next batch of an epoch is made while the rows of this one travel, and its ids travel while this one
-    goes backward (as in TorchRec's sparse distribution pipeline).
-    """
-
-    def __init__(self, config: RunConfig, dataset: Dataset, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: Dataset,
+        device: torch.device,
+        stream: type[TrainStream] = TrainStream,
+    ) -> None:
         torch.manual_seed(config.train.seed)
         self.config, self.device = config, device
-        self.stream = TrainStream(
-            dataset, config.data, config.encoder.max_history_len, config.train.seed
-        )
-        self.sampler = NegativeSampler(
-            config.loss, dataset.num_items, dataset.train_counts, config.train.seed
-        )
+        seed = config.train.seed
+        self.stream = stream(dataset, config.data, config.encoder.max_history_len, seed)
         self.table = ItemTable(config.table, dataset.num_items, config.encoder.dim, device)
         model = NextItemModel(
             self.table,
             HSTUEncoder(config.encoder).to(device),
             SampledSoftmax(config.loss),
         )
-        self.model = shard_model(model, config.table, device, config.train.seed)
-        self.encoder = model.encoder
+        self.model = shard_model(model, config.table, device, seed)
+        sampler = NegativeSampler(config.loss, dataset.num_items, dataset.train_counts, seed)
+        self.inputs = InputPipeline(self.stream, sampler, model.encoder, self.table, device)
+        self.encoder: nn.Module = model.encoder
         self.dense = [p for p in model.encoder.parameters() if p.requires_grad]
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
@@ -68,7 +55,7 @@ class Learner:
             weight_decay=optim.weight_decay,
             fused=True,
         )
-        self._ahead: Prepared | None = None
+        self._zero = torch.zeros((), device=device, requires_grad=True)
         self.num_steps_planned = config.train.max_epochs * self.stream.num_steps(0)
 
     def step(self, epoch: int, index: int, step: int) -> Tensor:
@@ -80,16 +67,14 @@ class Learner:
         self._set_rates(step)
         # Dropout is a function of (seed, step, rank), so that a resumed run repeats it.
         distributed.seed(self.device, self.config.train.seed, step, distributed.rank())
-        now, self._ahead = self._ahead, None
-        if now is None or now.place != (epoch, index, step):
-            now = self._prepare(epoch, index, step)
-        now.sent.fetch()
-        if index + 1 < self.stream.num_steps(epoch):
-            self._ahead = self._prepare(epoch, index + 1, step + 1)
-        (loss_sum,) = self.model(now.batch, now.negatives, now.lookup, now.sent, now.layout)
-        if self._ahead:
-            self._ahead.sent.advance()
-        loss = loss_sum / now.batch.num_targets_global
+        place = Place(epoch, index, step)
+        now, ids = self.inputs.take(place)
+        ids.fetch()
+        meanwhile = Meanwhile.apply(self._zero, partial(self.inputs.make_ahead, place.later(2)))
+        self.inputs.send_ahead(place.later(1))
+        (loss_sum,) = self.model(now.batch, now.negatives, now.lookup, ids, now.layout)
+        self.inputs.advance()
+        loss = (loss_sum + meanwhile) / now.batch.num_targets_global
         mean = loss.detach().clone()
         wait = distributed.start_all_reduce_sum(mean)
 
@@ -101,7 +86,7 @@ class Learner:
                     "was changed by it; lower optim.lr or table.lr"
                 )
 
-        now.sent.before_update(check)
+        ids.before_update(check)
         # DDP and TorchRec both average gradients over ranks; the loss is already a global mean.
         (loss * distributed.world_size()).backward()
         if self.config.optim.clip_norm:
@@ -109,23 +94,6 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return mean.cpu()
-
-    def _prepare(self, epoch: int, index: int, step: int) -> Prepared:
-        """Batch, negatives, distinct ids and layout, made on CPU; the ids are sent."""
-        batch = self.stream.batch(epoch, index)
-        negatives = self.sampler.draw(step, batch.target_ids)
-        lookup = Lookup.of(batch, negatives).to(self.device)
-        sent = self.table.send(lookup.ids)
-        # After sending, because it takes longest.
-        layout = self.encoder.layout(batch.offsets, batch.timestamps, batch.next_timestamps)
-        return Prepared(
-            (epoch, index, step),
-            batch.to(self.device),
-            negatives.to(self.device),
-            lookup,
-            sent,
-            layout.to(self.device),
-        )
 
     def _set_rates(self, step: int) -> None:
         factor = rate_factor(self.config.optim, step, self.num_steps_planned)

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "hstu_rec"
 LAYERS = [
     {"trainer", "benchmark"},
     {"learner"},
+    {"pipeline"},
     {"config"},
     {"report", "baselines"},
     {"evaluator"},
