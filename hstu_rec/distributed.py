@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ import torch.distributed as dist
 
 T = TypeVar("T", bound=Any)
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+RandomUse = Literal["order of users", "rows", "negatives"]
+RANDOM_USES: tuple[RandomUse, ...] = get_args(RandomUse)
 
 # A rank that dies is noticed by its peers after this long, when the launcher does not stop them first.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -128,6 +130,16 @@ def seed(device: torch.device, *parts: int) -> None:
         torch.cuda.manual_seed(mixed_seed(*parts))
     else:
         torch.default_generator.manual_seed(mixed_seed(*parts))
+
+
+def generator(use: RandomUse, seed: int, number: int) -> np.random.Generator:
+    """Random numbers that are a function of their use, the run's seed and one number (epoch, step, block).
+
+    Counter-based, so that any of them are made on any rank, at any time, without those before. Philox
+    counts to 2**256; each use has a quarter of its own.
+    """
+    counter = [0, 0, 0, RANDOM_USES.index(use) << 62]
+    return np.random.Generator(np.random.Philox(key=[seed, number], counter=counter))
 
 
 def mixed_seed(*parts: int) -> int:

@@ -230,7 +230,7 @@ def _initialise(rows: Tensor, first: int, std: float, seed: int) -> None:
     """Fills rows first .. first + n of the table with N(0, std), a function of seed and row."""
     end = first + len(rows)
     for block in range(first // INIT_BLOCK_ROWS, -(-end // INIT_BLOCK_ROWS)):
-        generator = np.random.Generator(np.random.Philox(key=[seed, block]))
+        generator = distributed.generator("rows", seed, block)
         normal = generator.standard_normal((INIT_BLOCK_ROWS, rows.shape[1]), dtype=np.float32)
         values = torch.from_numpy(normal).mul_(std)
         start = block * INIT_BLOCK_ROWS

@@ -126,7 +126,7 @@ class NegativeSampler:
         if kind == "in_batch":
             drawn = distributed.all_gather_rows(target_ids)
         else:
-            generator = np.random.Generator(np.random.Philox(key=[self.seed, step]))
+            generator = distributed.generator("negatives", self.seed, step)
             num_uniform = {"uniform": count, "frequency": 0, "mixed": count // 2}[kind]
             uniform = generator.integers(0, self.num_items, num_uniform)
             points = generator.random(count - num_uniform) * self._cumulative[-1]

@@ -65,7 +65,7 @@ class TrainStream:
 
     def _make_epoch_plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(users in the epoch's order, bounds [steps + 1] of its batches)."""
-        generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        generator = distributed.generator("order of users", self.seed, epoch)
         order = self.users[generator.permutation(len(self.users))]
         if self.config.batch_users:
             bounds = np.arange(0, len(order), self.config.batch_users)
