@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 T = TypeVar("T", bound=Any)
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+# A use's place is part of its numbers: new ones come last.
 RandomUse = Literal["order of users", "rows", "negatives"]
 RANDOM_USES: tuple[RandomUse, ...] = get_args(RandomUse)
 
@@ -121,8 +122,8 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def seed(device: torch.device, *parts: int) -> None:
-    """Seeds torch's generator of `device` with several numbers of at least 0.
+def seed_torch(device: torch.device, *parts: int) -> None:
+    """Seeds torch's generator of `device`, this process's own, with several numbers of at least 0.
 
     torch.manual_seed would seed every back end there is: 0.4 ms, 2 % of a small step.
     """

@@ -103,7 +103,8 @@ class ItemTable(nn.Module):
 class SentIds:
     """Ids on their way to the ranks that own their rows, and the rows on their way back.
 
-    TorchRec's three exchanges (sizes, ids, rows), each begun ahead of its use.
+    TorchRec's three exchanges (sizes, ids, rows), each begun ahead of its use. Every method is collective
+    the first time: all ranks call them in the same order.
     """
 
     def __init__(self, collection: Any, features: Any) -> None:
@@ -139,11 +140,11 @@ class SentIds:
 
 
 def check_ids(ids: Tensor, num_items: int) -> None:
-    """Raises ValueError for ids outside 0 .. num_items - 1: TorchRec would read row 0 for them."""
+    """Raises ValueError for sorted `ids` outside 0 .. num_items - 1: TorchRec would read row 0 for them."""
     if not len(ids):
         return
-    low, high = ids.aminmax()
-    if int(low) < 0 or int(high) >= num_items:
+    low, high = ids[[0, -1]].tolist()
+    if low < 0 or high >= num_items:
         bad = ids[(ids < 0) | (ids >= num_items)]
         raise ValueError(
             f"{len(bad)} item ids are outside the catalogue 0..{num_items - 1}, for example "

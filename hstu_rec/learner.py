@@ -66,10 +66,11 @@ class Learner:
         # Before forward, where fbgemm's CPU kernels read the rate that their backward pass uses.
         self._set_rates(step)
         # Dropout is a function of (seed, step, rank), so that a resumed run repeats it.
-        distributed.seed(self.device, self.config.train.seed, step, distributed.rank())
+        distributed.seed_torch(self.device, self.config.train.seed, step, distributed.rank())
         place = Place(epoch, index, step)
         now, ids = self.inputs.take(place)
         ids.fetch()
+        # Between fetch and the first use of rows: see Meanwhile.
         meanwhile = Meanwhile.apply(self._zero, partial(self.inputs.make_ahead, place.later(2)))
         self.inputs.send_ahead(place.later(1))
         (loss_sum,) = self.model(now.batch, now.negatives, now.lookup, ids, now.layout)
@@ -89,6 +90,7 @@ class Learner:
         ids.before_update(check)
         # DDP and TorchRec both average gradients over ranks; the loss is already a global mean.
         (loss * distributed.world_size()).backward()
+        check()  # again, for a model whose rows need no gradient
         if self.config.optim.clip_norm:
             nn.utils.clip_grad_norm_(self.dense, self.config.optim.clip_norm)
         self.optimizer.step()

@@ -31,8 +31,13 @@ LOG2_E = math.log2(math.e)
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 # Logits of a tile, the part of a chunk that is worked on while it is in cache.
 TILE_LOGITS = {"cpu": 2**19, "cuda": 2**27}
-# Base-2 logits below this need no maximum taken off: sums of their exponentials stay below float32's 2**128.
-MAX_BOUNDED_LOGIT2 = 64
+MIN_TILE_WIDTH = 64
+# The least probability that logQ is taken of.
+MIN_PROBABILITY = 1e-12
+# Base-2 scores within +- this need no maximum taken off, also with log weights: with logQ an exponential is
+# at most 2**64 / MIN_PROBABILITY = 2**104, and float32's 2**128 leaves room for 2**24 of them; the target's
+# own is at least 2**-64, because log weights and -logQ are not negative.
+MAX_BOUNDED_SCORE2 = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +117,7 @@ class NegativeSampler:
             "mixed": (uniform + self._frequency) / 2,
             "in_batch": counts / counts.sum(),
         }[config.negatives]
-        return torch.from_numpy(np.log(np.maximum(expected, 1e-12))).float()
+        return torch.from_numpy(np.log(np.maximum(expected, MIN_PROBABILITY))).float()
 
     def draw(self, step: int, target_ids: Tensor) -> Negatives:
         """Candidates of `step` for this rank's `target_ids` (int64 [P]), on CPU; collective for in_batch."""
@@ -149,10 +154,10 @@ class SampledSoftmax(nn.Module):
 
     @property
     def _is_bounded(self) -> bool:
-        """True when every logit, log weights of candidates aside, is known to be small."""
+        """True when no exponential of a logit can overflow: see MAX_BOUNDED_SCORE2."""
         return (
             self.config.similarity == "cosine"
-            and LOG2_E / self.config.temperature < MAX_BOUNDED_LOGIT2
+            and LOG2_E / self.config.temperature < MAX_BOUNDED_SCORE2
         )
 
     def item_vectors(self, rows: Tensor) -> Tensor:
@@ -208,8 +213,7 @@ class _SoftmaxLoss(torch.autograd.Function):
     """sum_p log(exp(t_p) + sum_{r: id_r != target_p} exp(q_p . c_r + w_r)) - t_p, a scalar.
 
     queries q [P, D], target_logits t [P], candidates c [R, D], target_ids int64 [P]; no gradient of w.
-    `is_bounded`: no logit is so large that its exponential overflows. All gradients, of the sum of all
-    ranks' losses, are made in forward.
+    `is_bounded`: see MAX_BOUNDED_SCORE2. All gradients, of the sum of all ranks' losses, are made in forward.
     """
 
     @staticmethod
@@ -240,7 +244,7 @@ class _SoftmaxLoss(torch.autograd.Function):
                 if negatives.is_divided:
                     distributed.all_reduce_max(top)
                 logits = [(at, tile.sub_(top[:, None])) for at, tile in logits]
-            # Each tile is exponentiated while it is in cache.
+            # When bounded, each tile is exponentiated as soon as it is made, while it is in cache.
             exponentials = [(at, tile, tile.exp2_().sum(1)) for at, tile in logits]
             total = sum((s for *_, s in exponentials), torch.zeros_like(top))
             if negatives.is_divided:
@@ -273,7 +277,10 @@ def _tiles(
     queries [n, D], candidates [R, D], weights [R]. Entry (p, hits_p) is -inf, where p's target itself was
     drawn (hits_p >= 0), so that it is no negative of its own.
     """
-    width = max(TILE_LOGITS[queries.device.type] // len(queries) // 32, 1) * 32
+    size, limit = len(queries) * len(candidates), TILE_LOGITS[queries.device.type]
+    # As wide as each other, and not so narrow that the products become slow.
+    num_tiles = max(min(math.ceil(size / limit), len(candidates) // MIN_TILE_WIDTH), 1)
+    width = math.ceil(len(candidates) / num_tiles) or 1
     bounds = [*range(0, len(candidates), width), len(candidates)]
     hits, order = hits.sort()
     edges = torch.searchsorted(hits, torch.tensor(bounds, device=hits.device)).tolist()

@@ -1,5 +1,7 @@
 """The chunked loss against the formula in float64, with gradients by autograd."""
 
+import math
+
 import pytest
 import torch
 
@@ -29,9 +31,12 @@ def formula(config, encoded, targets, target_ids, rows, negatives):
 @pytest.mark.parametrize("with_weights", [False, True])
 @pytest.mark.parametrize(
     ("similarity", "temperature"),
-    [("cosine", 0.05), ("cosine", 0.005), ("dot", 1.0), ("dot", 0.1)],
+    # 0.0226 and 0.0225: on either side of what needs no maximum.
+    [("cosine", 0.05), ("cosine", 0.0226), ("cosine", 0.0225), ("dot", 1.0), ("dot", 0.1)],
 )
-@pytest.mark.parametrize(("chunk", "tile"), [(2**22, 2**19), (7 * NUM_ITEMS, 1), (1, 1)])
+@pytest.mark.parametrize(
+    ("chunk", "tile"), [(2**22, 2**19), (7 * NUM_ITEMS, 1), (1, 1), (2**22, 5 * NUM_ITEMS)]
+)
 def test_chunks_and_tiles_equal_the_formula(
     monkeypatch, chunk, tile, similarity, temperature, with_weights
 ):
@@ -39,8 +44,11 @@ def test_chunks_and_tiles_equal_the_formula(
     monkeypatch.setitem(loss_module.TILE_LOGITS, "cpu", tile)
     torch.manual_seed(0)
     ids = torch.arange(NUM_ITEMS) * 2
-    weights = (torch.randn(NUM_ITEMS), torch.randn(NUM_POSITIONS)) if with_weights else (None, None)
-    negatives = Negatives(ids, *weights)
+    # Between those of an item that is always drawn and of one that hardly ever is.
+    rare = math.log(loss_module.MIN_PROBABILITY)
+    weights, log_q = torch.rand(NUM_ITEMS) * -rare, torch.rand(NUM_POSITIONS) * rare
+    weights[0], log_q[0] = -rare, rare
+    negatives = Negatives(ids, weights, log_q) if with_weights else Negatives(ids)
     # About half of the targets are among the negatives.
     target_ids = torch.randint(0, 2 * NUM_ITEMS, (NUM_POSITIONS,))
     config = LossConfig(similarity=similarity, temperature=temperature)
@@ -56,3 +64,15 @@ def test_chunks_and_tiles_equal_the_formula(
         assert want.grad.abs().max() > 0
         scale = want.grad.abs().max()
         torch.testing.assert_close(got.grad.double() / scale, want.grad / scale, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize(("num_positions", "num_candidates"), [(0, 5), (5, 0), (0, 0)])
+def test_nothing_to_score_is_no_loss(num_positions, num_candidates):
+    shapes = (num_positions, num_positions, num_candidates)
+    encoded, targets, rows = (torch.randn(n, DIM, requires_grad=True) for n in shapes)
+    negatives = Negatives(torch.arange(num_candidates))
+    ids = torch.arange(num_positions)
+    loss = SampledSoftmax(LossConfig())(encoded, targets, ids, rows, negatives)
+    loss.backward()
+    assert loss == 0
+    assert all(not x.grad.any() for x in (encoded, targets, rows))

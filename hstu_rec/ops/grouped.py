@@ -19,10 +19,11 @@ from hstu_rec.ops.reference import AttentionKind, time_bucket
 GROUP_OVERHEAD_ENTRIES = 16384
 # Bounds the memory of one block of scores (entries of one head).
 MAX_BLOCK_ENTRIES = 2**23
-# Scores and weights of a block of at most this many entries (of all heads) are kept for backward; those
-# of larger ones are made again, to save memory. Kept, they save 4 % of a step on Beauty.
-MAX_KEPT_ENTRIES = 2**20
-# The score of a hidden key: silu, its slope and softmax are 0 there, in every float type.
+# Scores and weights of at most this many entries (of all heads) a layer are kept for backward; those of
+# further blocks are made again, to save memory. Kept, they save 4 % of a step on Beauty.
+MAX_KEPT_ENTRIES = 2**22
+# The score of a hidden key, finite in every float type: silu and its slope are 0 there, and softmax is
+# while a score that is not hidden is above it by 100.
 HIDDEN = -3e4
 
 
@@ -47,7 +48,11 @@ class Group:
 
     def to(self, device: torch.device) -> "Group":
         """The group on `device`."""
-        return on_device(self, device)
+        if self.buckets is None or device == self.buckets.device:
+            return on_device(self, device)
+        # By far the largest part, so that it travels as bytes (NUM_TIME_BUCKETS < 256).
+        buckets = self.buckets.to(torch.uint8).to(device, non_blocking=True).long()
+        return replace(on_device(replace(self, buckets=None), device), buckets=buckets)
 
 
 @dataclass(frozen=True)
@@ -183,11 +188,13 @@ class _GroupedAttention(torch.autograd.Function):
             q.mul_(scale)
         ctx.save_for_backward(*rows, position_bias, time_bias)
         ctx.layout, ctx.kind, ctx.scale, ctx.kept = layout, kind, scale, []
-        out = torch.empty_like(v)
+        out, room = torch.empty_like(v), MAX_KEPT_ENTRIES
         for group in layout.groups:
             scores = _scores(group.block(q), group.block(k), group, position_bias, time_bias)
             weights = _weights(scores, group.hidden, kind)
-            ctx.kept.append((scores, weights) if scores.numel() <= MAX_KEPT_ENTRIES else None)
+            is_kept = scores.numel() <= room
+            room -= scores.numel() if is_kept else 0
+            ctx.kept.append((scores, weights) if is_kept else None)
             torch.bmm(weights.flatten(0, 1), group.block(v), out=group.block(out))
         out = layout.jagged(out)
         return out.mul_(scale) if kind == "silu" else out
@@ -222,6 +229,7 @@ class _GroupedAttention(torch.autograd.Function):
             torch.bmm(flat, block_k, out=grad_q)
             torch.bmm(flat.transpose(1, 2), block_q, out=grad_k)
             _add_bias_grads(grad_scores, group, grad_position, grad_time)
+        ctx.kept.clear()
         if kind == "softmax":
             grad_rows[0].mul_(scale)
         return *map(layout.jagged, grad_rows), grad_position, grad_time, None, None, None
