@@ -140,10 +140,10 @@ class SentIds:
 
 
 def check_ids(ids: Tensor, num_items: int) -> None:
-    """Raises ValueError for sorted `ids` outside 0 .. num_items - 1: TorchRec would read row 0 for them."""
+    """Raises ValueError for ids outside 0 .. num_items - 1: TorchRec would read row 0 for them."""
     if not len(ids):
         return
-    low, high = ids[[0, -1]].tolist()
+    low, high = torch.stack(ids.aminmax()).tolist()  # one wait for a GPU
     if low < 0 or high >= num_items:
         bad = ids[(ids < 0) | (ids >= num_items)]
         raise ValueError(

@@ -65,7 +65,7 @@ class InputPipeline:
         table: ItemTable,
         device: torch.device,
     ) -> None:
-        self.stream, self.sampler, self.device = stream, sampler, device
+        self._stream, self._sampler, self._device = stream, sampler, device
         self._encoder, self._table = encoder, table
         # One entry at most: one for another place is dropped, on every rank alike.
         self._made: dict[Place, StepInput] = {}
@@ -79,12 +79,12 @@ class InputPipeline:
 
     def send_ahead(self, place: Place) -> None:
         """Sends the ids of a step, if its epoch has it. Collective."""
-        if place.batch < self.stream.num_steps(place.epoch):
+        if place.batch < self._stream.num_steps(place.epoch):
             self._sent[place] = self._send(place)
 
     def make_ahead(self, place: Place) -> None:
         """Makes the input of a step on CPU, if its epoch has it; collective for in_batch negatives."""
-        if place.batch < self.stream.num_steps(place.epoch):
+        if place.batch < self._stream.num_steps(place.epoch):
             self._made[place] = self._make(place)
 
     def advance(self) -> None:
@@ -95,12 +95,12 @@ class InputPipeline:
     def _send(self, place: Place) -> tuple[StepInput, SentIds]:
         made = self._made.pop(place, None) or self._make(place)
         self._made.clear()
-        on_device = made.to(self.device)
-        return on_device, self._table.send(on_device.lookup.ids)
+        made = made.to(self._device)
+        return made, self._table.send(made.lookup.ids)
 
     def _make(self, place: Place) -> StepInput:
-        batch = self.stream.batch(place.epoch, place.batch)
-        negatives = self.sampler.draw(place.step, batch.target_ids)
+        batch = self._stream.batch(place.epoch, place.batch)
+        negatives = self._sampler.draw(place.step, batch.target_ids)
         layout = self._encoder.layout(batch.offsets, batch.timestamps, batch.next_timestamps)
         return StepInput(batch, negatives, Lookup.of(batch, negatives), layout)
 
