@@ -74,6 +74,11 @@ def _keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def device_name(device: torch.device) -> str:
+    """What the device is called in a result: CPU, or the GPU's own name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def on_device(values: T, device: torch.device) -> T:
     """A copy of a dataclass, its tensors on `device`."""
     moved = {

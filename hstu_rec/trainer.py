@@ -39,6 +39,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
     The run's folder ends with report.md, curves.png, result.json, config.yaml and the checkpoints.
     """
+    made_with = versions()  # now, because the source may change while it trains
     with distributed.process_group(config.train.device) as device:
         dataset = Dataset(config.data.path)
         folder = _run_folder(config)
@@ -52,7 +53,7 @@ def train(config: RunConfig) -> dict[str, Any]:
             progress = _resume(config, learner, dataset, folder, tracker)
             _fit(config, learner, dataset, folder, tracker, progress)
             _load(checkpoint.resolve(folder / "checkpoints", "best"), learner, dataset)
-            result = _result(config, learner, dataset, progress)
+            result = _result(config, learner, dataset, progress, made_with)
             tracker.log("test", progress.step, result["test"]["seen_allowed"])
         if distributed.is_main():
             write_report(folder, result, to_yaml(config))
@@ -74,7 +75,7 @@ def evaluate_run(folder: Path, overrides: list[str]) -> dict[str, Any]:
         dataset = Dataset(config.data.path)
         learner = Learner(config, dataset, device)
         progress = _load(checkpoint.resolve(folder / "checkpoints", "best"), learner, dataset)
-        return _result(config, learner, dataset, progress)
+        return _result(config, learner, dataset, progress, versions())
 
 
 def _fit(
@@ -192,7 +193,11 @@ def _load(path: Path, learner: Learner, dataset: Dataset) -> Progress:
 
 
 def _result(
-    config: RunConfig, learner: Learner, dataset: Dataset, progress: Progress
+    config: RunConfig,
+    learner: Learner,
+    dataset: Dataset,
+    progress: Progress,
+    made_with: dict[str, str | None],
 ) -> dict[str, Any]:
     """The final figures, as result.json has them."""
     valid, test = (
@@ -214,7 +219,7 @@ def _result(
             "selection_metric": config.train.select,
             "seed": config.train.seed,
             "split": dataset.stats["split"],
-            "data": {k: v for k, v in dataset.stats.items() if isinstance(v, int | float | str)},
+            "data": dataset.facts,
         },
         "test": {part: test[part] for part in PARTS},
         "valid": {part: valid[part] for part in PARTS},
@@ -225,8 +230,10 @@ def _result(
             "events_per_s": num_events / progress.train_s if progress.train_s else 0.0,
             "epochs": progress.epoch,
             "best_epoch": progress.best_epoch,
+            "processes": distributed.world_size(),
+            "device": distributed.device_name(learner.device),
         },
-        "versions": versions(),
+        "versions": made_with,
     }
 
 

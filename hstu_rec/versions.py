@@ -1,7 +1,9 @@
 """Which torch, fbgemm and torchrec belong together: each fbgemm release is built for one torch release."""
 
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 # torch release -> (fbgemm release, torchrec release), as tried.
 TRIPLES = {"2.13": ("1.8.0", "1.8.0"), "2.11": ("1.6.0", "1.6.1")}
@@ -44,12 +46,31 @@ def _fbgemm_name() -> str:
     return next((name for name in FBGEMM_NAMES if _installed(name)), "fbgemm")
 
 
+def commit() -> str | None:
+    """Short hash of the source tree's commit, with "+changes" when tracked files differ; None outside git."""
+    folder = Path(__file__).parent
+    try:
+        # A copy of the package inside a repository of something else is not that repository's commit.
+        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
+        return _git(folder, "describe", "--always", "--exclude=*", "--dirty=+changes").strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """What git prints about `folder`."""
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 def versions() -> dict[str, str | None]:
-    """What a result was made with."""
-    return {
+    """What a result was made with; `commit` only where there is one."""
+    found = {
         "hstu_rec": _installed("hstu-rec"),
         "python": sys.version.split()[0],
         "torch": _installed("torch"),
         "torchrec": _installed("torchrec"),
         "fbgemm": _installed(*FBGEMM_NAMES),
     }
+    made_of = commit()
+    return found if made_of is None else {**found, "commit": made_of}

@@ -164,6 +164,37 @@ def test_versions_that_do_not_belong_together_name_the_right_ones(
         check_triple()
 
 
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_commit_of_the_source_tree_is_told_with_its_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "versions.py"
+    source.write_text("# as committed")
+    monkeypatch.setattr(versions_module, "__file__", str(source))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert versions_module.commit() is None and "commit" not in versions()
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "of something else")
+    assert versions_module.commit() is None
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "source")
+    git(tmp_path, "tag", "-a", "v1", "-m", "a tag is no commit")
+    short = git(tmp_path, "rev-parse", "--short", "HEAD")
+    assert versions_module.commit() == versions()["commit"] == short
+    source.write_text("# changed")
+    assert versions_module.commit() == f"{short}+changes"
+
+
+def test_without_git_no_commit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert versions_module.commit() is None
+
+
 def test_the_installed_versions_belong_together() -> None:
     check_triple()
 

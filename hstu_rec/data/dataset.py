@@ -62,6 +62,11 @@ class Dataset:
                 "rows; prepare the dataset again"
             )
 
+    @property
+    def facts(self) -> dict[str, int | float | str]:
+        """The statistics that are single values."""
+        return {k: v for k, v in self.stats.items() if isinstance(v, int | float | str)}
+
     @cached_property
     def _item_table(self) -> pa.Table:
         return pq.read_table(self.path / "items.parquet")
