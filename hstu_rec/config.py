@@ -192,6 +192,15 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
 
 
+def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key and value, of what YAML has itself, of every setting of `config`."""
+    found = {}
+    for one in fields(config):
+        key, value = prefix + one.name, getattr(config, one.name)
+        found |= leaves(value, f"{key}.") if is_dataclass(value) else {key: _plain(value)}
+    return found
+
+
 def help_text(schema: type) -> str:
     """Every key of `schema` with its default, choices and doc."""
     lines, hints = [], _hints(schema)

@@ -70,7 +70,7 @@ def metric_table(result: dict[str, Any]) -> str:
         for row in (header, *rows)
     ]
     rule = "-" * max(map(len, lines))
-    return "\n".join([_protocol_line(result["protocol"]), "", lines[0], rule, *lines[1:]])
+    return "\n".join([protocol_line(result["protocol"]), "", lines[0], rule, *lines[1:]])
 
 
 def _check(result: Mapping[str, Any]) -> None:
@@ -107,14 +107,15 @@ def _metric_cells(result: Mapping[str, Any]) -> Iterator[list[str]]:
     for method, parts in {"model": result["test"], **result["baselines"]}.items():
         for seen, label in SEEN_ITEMS.items():
             values = [parts[seen].get(name) for name in metrics]
-            yield [_words(method), label, *("" if v is None else f"{v:.4f}" for v in values)]
+            yield [words(method), label, *("" if v is None else f"{v:.4f}" for v in values)]
 
 
-def _words(method: str) -> str:
+def words(method: str) -> str:
+    """A method's name in result.json as it is shown."""
     return method.replace("_", "-")
 
 
-def _protocol_line(protocol: Mapping[str, Any]) -> str:
+def protocol_line(protocol: Mapping[str, Any]) -> str:
     """The protocol as sentences on one line."""
     query_time = "query time used" if protocol["use_query_time"] else "query time not used"
     verb = "includes" if protocol["test_history_includes_valid"] else "excludes"
@@ -130,13 +131,13 @@ def _markdown(title: str, result: Mapping[str, Any], config_text: str) -> str:
     protocol, timing = result["protocol"], result["timing"]
     further = {k: v for k, v in protocol.items() if k not in PROTOCOL and k != "data"}
     sections = {
-        f"# {title}": _protocol_line(protocol) + " Ties with the target are never hits.",
-        "## Test": _markdown_table(list(_metric_cells(result))),
-        "## Validation": _markdown_table(_validation_cells(result["valid"])),
+        f"# {title}": protocol_line(protocol) + " Ties with the target are never hits.",
+        "## Test": markdown_table(list(_metric_cells(result))),
+        "## Validation": markdown_table(_validation_cells(result["valid"])),
         "## Curves": "![Training loss by step; validation metric by epoch](curves.png)",
-        "## Data": _listing(protocol.get("data", {}), "statistic"),
-        "## Protocol": _listing(further, "setting"),
-        "## Timing": _listing(
+        "## Data": listing(protocol.get("data", {}), "statistic"),
+        "## Protocol": listing(further, "setting"),
+        "## Timing": listing(
             {
                 "preparation": _duration(timing["prepare_s"]),
                 "training": _duration(timing["train_s"]),
@@ -144,7 +145,7 @@ def _markdown(title: str, result: Mapping[str, Any], config_text: str) -> str:
             },
             "part",
         ),
-        "## Versions": _listing(result["versions"], "package"),
+        "## Versions": listing(result["versions"], "package"),
         "## Configuration": _fenced(config_text),
     }
     return "\n\n".join(f"{head}\n\n{body}" for head, body in sections.items() if body) + "\n"
@@ -161,10 +162,12 @@ def _validation_cells(valid: Mapping[str, Any]) -> list[list[str]]:
     return [["seen items", *metrics], *rows]
 
 
-def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """Numbers to the right; the columns padded, so that the source reads as well as the page."""
     header, *body = rows
-    is_number = [all(re.fullmatch(r"[-\d.,]*", row[c]) for row in body) for c in range(len(header))]
+    is_number = [
+        all(re.fullmatch(r"[-\d.,± ]*", row[c]) for row in body) for c in range(len(header))
+    ]
     widths = [max(3, *(len(row[c]) for row in rows)) for c in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
@@ -175,10 +178,10 @@ def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(map(line, [header, rule, *body]))
 
 
-def _listing(values: Mapping[str, Any], name: str) -> str:
+def listing(values: Mapping[str, Any], name: str) -> str:
     """A two-column table, "" when there is nothing to list; nested names are joined by dots."""
     rows = [[key, _cell(value)] for key, value in _flat(values)]
-    return _markdown_table([[name, "value"], *rows]) if rows else ""
+    return markdown_table([[name, "value"], *rows]) if rows else ""
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -234,8 +237,8 @@ def _draw_curves(rows: Sequence[Mapping[str, Any]], selection_metric: str) -> by
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.05)
     figure = Figure(figsize=(11, 4.2), dpi=150, layout=layout, facecolor="white")
     left, right = figure.subplots(1, 2)
-    _dress(left, "Training loss", "step")
-    _dress(right, f"Validation {selection_metric}", "epoch" if has_epoch else "step")
+    dress(left, "Training loss", "step")
+    dress(right, f"Validation {selection_metric}", "epoch" if has_epoch else "step")
     _draw_loss(left, losses)
     _draw_metric(right, points)
     image = io.BytesIO()
@@ -243,7 +246,8 @@ def _draw_curves(rows: Sequence[Mapping[str, Any]], selection_metric: str) -> by
     return image.getvalue()
 
 
-def _dress(axes: Any, title: str, unit: str) -> None:
+def dress(axes: Any, title: str, unit: str) -> None:
+    """The look of every panel: its title, the unit of x, a grid, no frame."""
     axes.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold", pad=10)
     axes.set_xlabel(unit, color=INK)
     axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hstu_rec.config import RunConfig, help_text, load, run_app, save
+from hstu_rec.config import RunConfig, help_text, leaves, load, run_app, save
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -233,6 +233,13 @@ def test_a_saved_run_configuration_holds_every_key_and_reads_back_equal(tmp_path
     text = (tmp_path / "config.yaml").read_text()
     for key in keys_of(changed):
         assert f"{key}:" in text
+
+
+def test_the_leaves_of_a_configuration_are_its_settings_by_dotted_key() -> None:
+    found = leaves(load(Outer, ["inner.count=5", "inner.sizes=[9]", "inner.folder=a/b"]))
+    assert found["inner.count"] == 5 and found["other.count"] == 2 and found["title"] == "t"
+    assert found["inner.sizes"] == [9] and found["inner.folder"] == "a/b"
+    assert [key.split(".")[-1] for key in found] == keys_of(Outer())
 
 
 def keys_of(section: Any) -> list[str]:
