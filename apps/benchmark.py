@@ -1,33 +1,48 @@
-"""Times training on this machine.
+"""Times training on this machine, or measures how good its models are.
 
     python apps/benchmark.py step [CONFIG.yaml ...] [key=value ...]     jagged histories, and the same padded
     python apps/benchmark.py epoch [CONFIG.yaml ...] [key=value ...]    whole epochs, without validation
+    python apps/benchmark.py quality RECIPE.yaml ... [quality.key=value ...] [key=value ...]
 
-torchrun and torchx launch it on several ranks, as they do apps/train.py.
+torchrun and torchx launch step and epoch on several ranks, as they do apps/train.py. quality trains every
+recipe with several seeds, in processes that it launches itself, and writes quality.md, quality.json and
+quality.png: mean and deviation over seeds beside published figures and baselines. Runs that are done are not
+run again. quality.* are its own settings; every other key=value is given to all runs. `help` lists its keys.
 """
 
+import sys
 from datetime import date
 
 from hstu_rec import distributed
 from hstu_rec.benchmark import compare_steps, time_epochs
-from hstu_rec.config import RunConfig, load, run_app
+from hstu_rec.config import RunConfig, help_text, load, run_app
+from hstu_rec.quality import QualitySettings, quality
 from hstu_rec.versions import versions
 
-MEASURES = {"step": compare_steps, "epoch": time_epochs}
+TIMES = {"step": compare_steps, "epoch": time_epochs}
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or arguments[0] not in MEASURES:
-        given = f"'{arguments[0]}'" if arguments else "nothing"
+    measure, options = "".join(arguments[:1]), arguments[1:]
+    if {"help", "--help", "-h"} & set(arguments):
+        print(f"{__doc__}\n{help_text(QualitySettings)}")
+    elif measure == "quality":
+        sys.exit(0 if quality(options) else 1)
+    elif measure in TIMES:
+        time_training(measure, options)
+    else:
         raise ValueError(
-            f"give what to measure, step or epoch; got {given}: "
+            f"give what to measure, step, epoch or quality; got {measure or 'nothing'}: "
             "python apps/benchmark.py step [CONFIG.yaml ...] [key=value ...]"
         )
-    config = load(RunConfig, arguments[1:])
+
+
+def time_training(measure: str, options: list[str]) -> None:
+    config = load(RunConfig, options)
     with distributed.process_group(config.train.device) as device:
         if distributed.is_main():
             print(f"{date.today()}  {distributed.world_size()} processes on {device}  {versions()}")
-        for line in MEASURES[arguments[0]](config, device):
+        for line in TIMES[measure](config, device):
             if distributed.is_main():
                 print(line, flush=True)
 

@@ -54,7 +54,7 @@ def start(device: DeviceChoice = "auto") -> torch.device:
     if not dist.is_initialized():
         # Both back ends: CPU tensors (row counts, guards) travel over gloo also in a CUDA run.
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-        if "RANK" in os.environ:
+        if is_launched():
             dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
         else:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
@@ -120,6 +120,11 @@ def world_size() -> int:
 def local_world_size() -> int:
     """The number of processes on this host, as the launcher gives it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def is_launched() -> bool:
+    """True in a process that torchrun or torchx started."""
+    return "RANK" in os.environ
 
 
 def launched_rank() -> int:

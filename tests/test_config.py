@@ -267,7 +267,9 @@ def test_every_key_of_a_run_is_documented() -> None:
     assert [lines[i] for i in keys if not lines[i + 1 : i + 2] or i + 1 in keys] == []
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in CONFIGS.glob("*.yaml")))
+@pytest.mark.parametrize(
+    "name", sorted(p.name for p in CONFIGS.glob("*.yaml") if p.name != "published.yaml")
+)
 def test_every_configuration_in_the_tree_is_valid(name: str) -> None:
     assert load(RunConfig, [str(CONFIGS / name)]).name == Path(name).stem
 
