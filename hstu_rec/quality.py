@@ -84,9 +84,9 @@ class QualitySettings:
     quality: QualityConfig = field(default_factory=QualityConfig)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recipe:
-    """A YAML file, resolved with the overrides of all runs."""
+    """A YAML file, resolved with the overrides of all runs; equal to itself alone."""
 
     file: str
     config: RunConfig
