@@ -22,6 +22,7 @@ from hstu_rec.report import (
     INK,
     SEEN_ITEMS,
     dress,
+    duration,
     listing,
     markdown_table,
     protocol_line,
@@ -256,7 +257,7 @@ def _cells(table: Table) -> Iterator[list[str]]:
             row.label,
             *(_value(row, name) for name in measured),
             _listed(map(str, row.seeds)) or ("none" if row.kind == "ours" else ""),
-            "" if row.train_s is None else f"{row.train_s / 60:.1f} min{row.trained_on}",
+            "" if row.train_s is None else duration(row.train_s) + row.trained_on,
             _listed(row.commits),
             row.source.replace("|", "\\|"),
         ]

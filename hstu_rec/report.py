@@ -139,8 +139,8 @@ def _markdown(title: str, result: Mapping[str, Any], config_text: str) -> str:
         "## Protocol": listing(further, "setting"),
         "## Timing": listing(
             {
-                "preparation": _duration(timing["prepare_s"]),
-                "training": _duration(timing["train_s"]),
+                "preparation": duration(timing["prepare_s"]),
+                "training": duration(timing["train_s"]),
                 "events/s in training": f"{timing['events_per_s']:,.0f}",
             },
             "part",
@@ -202,7 +202,8 @@ def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
+    """Minutes and seconds, in words."""
     if seconds is None:
         return "not told by the dataset"
     minutes, rest = divmod(round(seconds), 60)

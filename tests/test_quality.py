@@ -173,7 +173,7 @@ def test_the_page_has_rows_of_the_recipes_the_published_and_the_baselines() -> N
     assert text.count("Test: 22,363 users") == 1
     spread = f"{statistics.stdev([0.07, 0.09]):.4f}"
     cells = [f"{value:.4f} ± {spread}" for value in (0.08, 0.09, 0.10, 0.11)]
-    assert ["a", *cells, "1, 2", "0.8 min, 2 x CPU", "abc1234", "configs/a.yaml"] in rows
+    assert ["a", *cells, "1, 2", "48.0 s, 2 x CPU", "abc1234", "configs/a.yaml"] in rows
     told = {row[0]: row[-1] for row in rows if len(row) > 2}
     assert told["b"] == "configs/b.yaml; failed with seed 2, 3: error: a / b"
     assert told["c"] == "configs/c.yaml; failed with seed 1: killed"
