@@ -242,7 +242,8 @@ def _protocols(measured: Sequence[Measured], path: str) -> list[str]:
     for one in measured:
         for result in list(one.results.values())[:1]:
             if one.data_path == path:
-                lines.setdefault(protocol_line(result["protocol"]), []).append(one.name)
+                line = f"{protocol_line(result['protocol'])} Ties with the target are never hits."
+                lines.setdefault(line, []).append(one.name)
     if len(lines) == 1:
         return list(lines)
     return [f"{', '.join(names)}: {line}" for line, names in lines.items()]
