@@ -178,7 +178,7 @@ def _own_row(one: Measured, seen: str) -> Row:
         seeds=list(one.results),
         train_s=statistics.fmean(t["train_s"] for t in timings) if timings else None,
         trained_on=_listed(
-            f", {t['processes']} x {t['device']}" for t in timings if "processes" in t
+            f"{t['processes']} x {t['device']}" for t in timings if "processes" in t
         ),
         commits=list(dict.fromkeys(r["versions"].get("commit") or "unknown" for r in results)),
     )
@@ -258,7 +258,7 @@ def _cells(table: Table) -> Iterator[list[str]]:
             row.label,
             *(_value(row, name) for name in measured),
             _listed(map(str, row.seeds)) or ("none" if row.kind == "ours" else ""),
-            "" if row.train_s is None else duration(row.train_s) + row.trained_on,
+            _trained(row),
             _listed(row.commits),
             row.source.replace("|", "\\|"),
         ]
@@ -269,6 +269,13 @@ def _value(row: Row, metric: str) -> str:
         return ""
     spread = f" ± {row.stds[metric]:.4f}" if metric in row.stds else ""
     return f"{row.means[metric]:.4f}{spread}"
+
+
+def _trained(row: Row) -> str:
+    """How long and on what, as far as it is known."""
+    if row.train_s is None:
+        return ""
+    return ", ".join([duration(row.train_s), *([row.trained_on] if row.trained_on else [])])
 
 
 def _listed(values: Iterable[str]) -> str:
