@@ -1,31 +1,28 @@
 """Popularity and co-occurrence, ranked by the model's own rule, so that a run can be held against them.
 
-Both are counted on the training part alone. Co-occurrence: c_ij = sum over users' pairs of events i, j
-at most WINDOW apart of 2^(1 - gap); an item's score is the sum over the last WINDOW events h of
-2^-age c_hj, age 0 being the newest, with popularity to break ties. Halves, because they are exact in
-float64: equal scores compare equal. The pairs of all users are held in memory: for very large data set
-eval.with_baselines=false.
+Both are counted on the training part alone. Co-occurrence: an item's score is the sum over the last WINDOW
+events h of 2^-age c_hj (see co_occurrence), age 0 being the newest, with popularity to break ties. The
+pairs of all users are held in memory: for very large data set eval.with_baselines=false.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from hstu_rec.co_occurrence import WINDOW, Pairs, count_pairs
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.stream import EvalBatch, Split, eval_batches
 from hstu_rec.evaluator import rank_metrics
 
-WINDOW = 5
 BATCH_USERS = 1024
 
 
 def baseline_metrics(dataset: Dataset, split: Split, ks: Sequence[int]) -> dict[str, Any]:
     """{"popularity": {"seen_masked": {...}, "seen_allowed": {...}}, "co_occurrence": ...}. Collective."""
     popularity = dataset.train_counts.astype(np.float64)
-    pairs = _count_pairs(dataset)
+    pairs = count_pairs(dataset)
     ranks: dict[str, list[np.ndarray]] = {"popularity": [], "co_occurrence": []}
     for batch in eval_batches(dataset, split, WINDOW, BATCH_USERS):
         targets = batch.history.target_ids.numpy()
@@ -61,36 +58,8 @@ def _popularity_ranks(
     return np.stack([at_least - 1, at_least - 1 - seen])
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """Sparse symmetric scores: item i's neighbours are neighbours[starts[i] : starts[i + 1]]."""
-
-    starts: np.ndarray
-    neighbours: np.ndarray
-    scores: np.ndarray
-
-
-def _count_pairs(dataset: Dataset) -> _Pairs:
-    """Co-occurrence of the training part."""
-    users = np.arange(dataset.num_users)
-    items, _, offsets = dataset.gather(users, np.zeros_like(users), dataset.train_ends)
-    owner = np.repeat(users, np.diff(offsets))
-    num_items = dataset.num_items
-    keys, weights = [], []
-    for gap in range(1, WINDOW + 1):
-        left, right = items[:-gap], items[gap:]
-        is_pair = (owner[:-gap] == owner[gap:]) & (left != right)
-        left, right = left[is_pair], right[is_pair]
-        keys += [left * num_items + right, right * num_items + left]
-        weights.append(np.full(2 * len(left), 2.0 ** (1 - gap)))
-    distinct, inverse = np.unique(np.concatenate(keys), return_inverse=True)
-    scores = np.bincount(inverse, weights=np.concatenate(weights), minlength=len(distinct))
-    starts = np.searchsorted(distinct // num_items, np.arange(num_items + 1))
-    return _Pairs(starts, distinct % num_items, scores)
-
-
 def _co_occurrence_ranks(
-    pairs: _Pairs,
+    pairs: Pairs,
     popularity: np.ndarray,
     batch: EvalBatch,
     seen: tuple[np.ndarray, np.ndarray],

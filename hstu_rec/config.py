@@ -2,6 +2,7 @@
 
     defaults  <-  configs/beauty.yaml (differences only)  <-  optim.lr=1e-3
 
+A YAML file may begin with `base: OTHER.yaml`, a file beside it whose settings come before its own.
 All problems are told at once.
 """
 
@@ -29,6 +30,7 @@ from hstu_rec.item_table import TableConfig
 from hstu_rec.loss import LossConfig
 
 T = TypeVar("T")
+BASE_KEY = "base"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,16 +247,32 @@ def _settings(
             )
         try:
             if is_file:
-                content = OmegaConf.load(argument)
-                if not isinstance(content, DictConfig):
-                    raise ValueError("it holds no mapping of settings")
-                for key, value in _flat(OmegaConf.to_container(content), "", hints):
-                    yield argument, key, value
+                for source, content in _with_bases(Path(argument)):
+                    for key, value in _flat(content, "", hints):
+                        yield str(source), key, value
             else:
                 key, text = setting.split("=", 1)
                 yield f"'{argument}'", key, _parsed(text, hints.get(key))
         except (YAMLError, ValueError, OSError) as error:
             problems.append(f"{argument}: {' '.join(str(error).split())}")
+
+
+def _with_bases(path: Path) -> list[tuple[Path, dict[Any, Any]]]:
+    """The settings of a YAML file, after those of the files it is based on."""
+    found: list[tuple[Path, dict[Any, Any]]] = []
+    while path not in [one for one, _ in found]:
+        content = OmegaConf.load(path)
+        if not isinstance(content, DictConfig):
+            raise ValueError("it holds no mapping of settings")
+        settings = cast(dict[Any, Any], OmegaConf.to_container(content))
+        base = settings.pop(BASE_KEY, None)
+        found.append((path, settings))
+        if base is None:
+            return found[::-1]
+        path = path.parent / str(base)
+        if not path.is_file():
+            raise ValueError(f"its base {path} does not exist; give a file beside it")
+    raise ValueError(f"it is based on itself, by way of {path}")
 
 
 def _parsed(text: str, hint: Any) -> Any:

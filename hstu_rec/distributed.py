@@ -221,6 +221,13 @@ def all_gather_stacked(tensor: torch.Tensor) -> torch.Tensor:
     return torch.stack(gathered)
 
 
+def broadcast(tensor: torch.Tensor) -> torch.Tensor:
+    """Rank 0's values, in place, on every rank."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
 def broadcast_text(text: str) -> str:
     """Rank 0's `text` on every rank."""
     if world_size() == 1:

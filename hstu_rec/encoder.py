@@ -19,6 +19,10 @@ from hstu_rec.ops import (
 )
 
 NormKind = Literal["layer", "rms", "none"]
+CalendarKind = Literal["none", "day", "week", "month"]
+
+# Seconds of a calendar bucket; a month is a twelfth of 365.25 days.
+CALENDAR_S = {"day": 86_400, "week": 604_800, "month": 2_629_800}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,13 @@ class EncoderConfig:
     """One bias table a head rather than one for all."""
     query_time: Literal["own", "next"] = "own"
     """Time differences run to the event's own time, or to the time of the event to predict ("now")."""
+    calendar: CalendarKind = "none"
+    """Adds a learned embedding of the day, week or month of each event to its token and, with query_time
+    'next', one of the event to predict."""
+    calendar_begin: int = 0
+    """First second of the calendar; that of the training events when begin and end are 0."""
+    calendar_end: int = 0
+    """Last second of the calendar; times outside it count as its ends."""
     use_position_embedding: bool = False
     """Adds a learned embedding of the absolute position, counted from the oldest event."""
 
@@ -80,8 +91,15 @@ class EncoderConfig:
                 f"dim must be a multiple of num_heads unless attention_dim and value_dim are given; "
                 f"got {self.dim} and {self.num_heads}"
             )
-        if self.query_time == "next" and not self.use_time_bias:
-            found.append("query_time 'next' has no effect without use_time_bias; set one of them")
+        if self.query_time == "next" and not (self.use_time_bias or self.calendar != "none"):
+            found.append(
+                "query_time 'next' has no effect without use_time_bias or a calendar; set one of them"
+            )
+        if self.calendar_end < self.calendar_begin:
+            found.append(
+                "calendar_end must not be before calendar_begin; got "
+                f"{self.calendar_end} and {self.calendar_begin}"
+            )
         if self.is_bias_per_head and not (self.use_time_bias or self.use_position_bias):
             found.append("is_bias_per_head has no effect without a bias")
         return found
@@ -108,6 +126,31 @@ class Dropout(nn.Dropout):
         keep = draws.view(torch.int16)[: input.numel()].view(input.shape)
         threshold = round(self.p * 2**16) - 2**15
         return input * (keep >= threshold).to(input.dtype).mul_(1 / (1 - self.p))
+
+
+class Calendar(nn.Module):
+    """A learned embedding of the bucket of a time: what is bought changes with years and seasons.
+
+    Raises ValueError without a range of times.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.begin, self.bucket_s = config.calendar_begin, CALENDAR_S[config.calendar]
+        num_seconds = config.calendar_end - config.calendar_begin
+        if num_seconds <= 0:
+            raise ValueError(
+                f"calendar '{config.calendar}' needs calendar_begin and calendar_end, the times (s since "
+                f"1970) of the first and last training event; got {config.calendar_begin} and "
+                f"{config.calendar_end}"
+            )
+        num_buckets = num_seconds // self.bucket_s + 1
+        self.embedding = nn.Parameter(torch.randn(num_buckets, config.dim) * 0.02)
+
+    def forward(self, timestamps: Tensor) -> Tensor:
+        """[T, D] of int64 timestamps [T] in s. A time outside the range counts as the nearest inside."""
+        bucket = torch.div(timestamps - self.begin, self.bucket_s, rounding_mode="floor")
+        return self.embedding.index_select(0, bucket.clamp(0, len(self.embedding) - 1))
 
 
 class HSTULayer(nn.Module):
@@ -210,6 +253,10 @@ class HSTUEncoder(nn.Module):
             if config.use_position_embedding
             else None
         )
+        has_calendar = config.calendar != "none"
+        self.calendar = Calendar(config) if has_calendar else None
+        is_next = has_calendar and config.query_time == "next"
+        self.next_calendar = Calendar(config) if is_next else None
         self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_layers))
         self.final_norm = make_norm(config.final_norm, config.dim)
 
@@ -244,7 +291,7 @@ class HSTUEncoder(nn.Module):
         Args:
             x: [T, D] item vectors, users one after another, oldest event first.
             offsets: int64 [B+1]; no history may be longer than `max_history_len`.
-            timestamps: int64 [T] in s, needed with `use_time_bias`.
+            timestamps: int64 [T] in s, needed with `use_time_bias` or a calendar.
             next_timestamps: int64 [T] in s, needed with `query_time="next"`: the time of the event to
                 predict, which at serving is the time of the request.
             layout: `self.layout(offsets, timestamps, next_timestamps)`, when it was made ahead.
@@ -254,6 +301,14 @@ class HSTUEncoder(nn.Module):
             lengths = offsets[1:] - offsets[:-1]
             first = torch.repeat_interleave(offsets[:-1], lengths, output_size=x.shape[0])
             x = x + self.position_embedding[torch.arange(x.shape[0], device=x.device) - first]
+        for calendar, times, name in (
+            (self.calendar, timestamps, "timestamps"),
+            (self.next_calendar, next_timestamps, "next_timestamps"),
+        ):
+            if calendar is not None:
+                if times is None:
+                    raise ValueError(f"a calendar needs {name} (int64 [T], s)")
+                x = x + calendar(times)
         x = self.dropout(x)
         for layer in self.layers:
             x = layer(x, offsets, layout)

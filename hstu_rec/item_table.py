@@ -38,14 +38,19 @@ class TableConfig:
     """Learning rate of the rows."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
+    init: Literal["normal", "co_occurrence"] = "normal"
+    """How rows begin: N(0, init_std), or as a decomposition of the training events' co-occurrence, which
+    process 0 holds whole; items that occur with no other begin as normal."""
     init_std: float = 0.02
-    """Rows begin as N(0, init_std)."""
+    """Standard deviation of normal rows."""
+    init_norm: float = 0.5
+    """Mean length of co-occurrence rows."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
         return [
             f"{name} must be above 0; got {getattr(self, name)}"
-            for name in ("lr", "eps", "init_std")
+            for name in ("lr", "eps", "init_std", "init_norm")
             if not getattr(self, name) > 0
         ]
 
@@ -224,6 +229,24 @@ def local_shards(sharded: nn.Module) -> list[tuple[Tensor, int]]:
         pairs = zip(local.local_shards(), local.local_offsets(), strict=False)
         return [(shard, offset[0]) for shard, offset in pairs]
     return [(shard.tensor, shard.metadata.shard_offsets[0]) for shard in weight.local_shards()]
+
+
+@torch.no_grad()
+def fill_rows(
+    sharded: nn.Module, vectors: Tensor | None, num_items: int, device: torch.device
+) -> None:
+    """Sets every row to process 0's `vectors` [N, D], but for rows of zeros, which stay. Collective."""
+    shards = local_shards(sharded)
+    dim = next(m.dim for m in sharded.modules() if isinstance(m, ItemTable))
+    for begin in range(0, num_items, INIT_BLOCK_ROWS):
+        end = min(begin + INIT_BLOCK_ROWS, num_items)
+        block = torch.empty(end - begin, dim) if vectors is None else vectors[begin:end]
+        block = distributed.broadcast(block.to(device))
+        for rows, first in shards:
+            low, high = max(first, begin), min(first + len(rows), end)
+            if low < high:
+                mine, values = rows[low - first : high - first], block[low - begin : high - begin]
+                mine.copy_(torch.where(values.any(1, keepdim=True), values.to(mine), mine))
 
 
 @torch.no_grad()

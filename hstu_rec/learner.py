@@ -5,6 +5,7 @@ rows fetched -> sum of losses / targets of all ranks -> backward (the loss is ch
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,18 +13,31 @@ import torch
 from torch import Tensor, nn
 
 from hstu_rec import distributed
+from hstu_rec.co_occurrence import count_pairs, item_vectors
 from hstu_rec.config import OptimConfig, RunConfig
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.stream import TrainStream
 from hstu_rec.encoder import HSTUEncoder
-from hstu_rec.item_table import ItemTable, shard_model
+from hstu_rec.item_table import ItemTable, fill_rows, shard_model
 from hstu_rec.loss import NegativeSampler, SampledSoftmax
 from hstu_rec.model import NextItemModel
 from hstu_rec.pipeline import InputPipeline, Meanwhile, Place
 
 
+def resolved(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """`config` with what the data decide: the calendar's range, that of the training events."""
+    encoder = config.encoder
+    if encoder.calendar == "none" or encoder.calendar_begin or encoder.calendar_end:
+        return config
+    begin, end = dataset.train_time_range()
+    return replace(config, encoder=replace(encoder, calendar_begin=begin, calendar_end=end))
+
+
 class Learner:
-    """The model, its two optimizers and one training step."""
+    """The model, its two optimizers and one training step.
+
+    `begin` or a checkpoint comes before the first step.
+    """
 
     def __init__(
         self,
@@ -33,7 +47,8 @@ class Learner:
         stream: type[TrainStream] = TrainStream,
     ) -> None:
         torch.manual_seed(config.train.seed)
-        self.config, self.device = config, device
+        config = resolved(config, dataset)
+        self.config, self.device, self.dataset = config, device, dataset
         seed = config.train.seed
         self.stream = stream(dataset, config.data, config.encoder.max_history_len, seed)
         self.table = ItemTable(config.table, dataset.num_items, config.encoder.dim, device)
@@ -57,6 +72,18 @@ class Learner:
         )
         self._zero = torch.zeros((), device=device, requires_grad=True)
         self.num_steps_planned = config.train.max_epochs * self.stream.num_steps(0)
+
+    def begin(self) -> None:
+        """Rows that the data give, which only a new run needs. Collective."""
+        table = self.config.table
+        if table.init != "co_occurrence":
+            return
+        vectors = None
+        if distributed.is_main():
+            dim, norm = self.config.encoder.dim, table.init_norm
+            pairs = count_pairs(self.dataset)
+            vectors = norm * item_vectors(pairs, dim, self.config.train.seed)
+        fill_rows(self.model, vectors, self.dataset.num_items, self.device)
 
     def step(self, epoch: int, index: int, step: int) -> Tensor:
         """One training step; returns the mean loss over all ranks' positions, a CPU scalar. Collective.

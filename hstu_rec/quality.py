@@ -32,6 +32,7 @@ from hstu_rec.comparison import Measured, Table, compared, details, draw, page, 
 from hstu_rec.config import RunConfig, leaves, load, save
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.synthetic import prepare_demo
+from hstu_rec.learner import resolved
 from hstu_rec.versions import commit
 
 TREE = Path(__file__).parent.parent
@@ -184,7 +185,8 @@ def _recipe(file: str, shared: Sequence[str], folder: Path) -> Recipe:
         raise ValueError(f"eval.ks must hold 10, which tables compare; got {config.eval.ks}")
     if config.data.path == RunConfig().data.path:
         prepare_demo(config.data.path)
-    facts = _identity_of_data(Dataset(config.data.path).facts)
+    dataset = Dataset(config.data.path)
+    config, facts = resolved(config, dataset), _identity_of_data(dataset.facts)
     content = json.dumps([_identity(config), facts], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
     return Recipe(file, config, facts, folder / f"{Path(file).stem}-{digest}")

@@ -14,7 +14,7 @@ from hstu_rec.baselines import baseline_metrics
 from hstu_rec.config import RunConfig, load, save, to_yaml
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.evaluator import evaluate
-from hstu_rec.learner import Learner
+from hstu_rec.learner import Learner, resolved
 from hstu_rec.report import metric_table, write_report
 from hstu_rec.tracking import Tracker
 from hstu_rec.versions import versions
@@ -42,6 +42,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     made_with = versions()  # now, because the source may change while it trains
     with distributed.process_group(config.train.device) as device:
         dataset = Dataset(config.data.path)
+        config = resolved(config, dataset)
         folder = _run_folder(config)
         if distributed.is_main():
             folder.mkdir(parents=True, exist_ok=True)
@@ -157,9 +158,10 @@ def _validate(
 def _resume(
     config: RunConfig, learner: Learner, dataset: Dataset, folder: Path, tracker: Tracker
 ) -> Progress:
-    """Loads the checkpoint that train.resume names, if any."""
+    """Loads the checkpoint that train.resume names, or begins anew."""
     root = folder / "checkpoints"
     if config.train.resume == "none":
+        learner.begin()
         return Progress()
     if config.train.resume == "auto":
         found, skipped = checkpoint.newest(root)
@@ -167,6 +169,7 @@ def _resume(
             tracker.say(f"resume: {sentence}")
         if found is None:
             tracker.say("resume: no complete checkpoint, starting anew")
+            learner.begin()
             return Progress()
     else:
         found = Path(config.train.resume)
@@ -211,7 +214,7 @@ def _result(
     encoder = config.encoder
     return {
         "protocol": {
-            "use_query_time": encoder.use_time_bias and encoder.query_time == "next",
+            "use_query_time": encoder.query_time == "next",
             "max_history_len": encoder.max_history_len,
             "num_candidates": dataset.num_items,
             "num_users": test["num_users"],

@@ -18,7 +18,7 @@ LAYERS = [
     {"config", "comparison"},
     {"report", "baselines"},
     {"evaluator"},
-    {"model", "hstu"},
+    {"model", "hstu", "co_occurrence"},
     {"encoder", "loss", "item_table"},
     {"data", "ops"},
     {"checkpoint", "tracking"},

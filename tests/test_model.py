@@ -15,8 +15,10 @@ from hstu_rec.model import NextItemModel
 from hstu_rec.trainer import train
 from tests.datasets import write_dataset
 
+CALENDAR = {"calendar": "month", "calendar_begin": 0, "calendar_end": 10**8}
 KINDS = {
     "hstu": {},
+    "hstu with a calendar": CALENDAR,
     "sasrec": {
         "attention": "softmax",
         "use_gate": False,
@@ -53,6 +55,44 @@ def test_the_query_time_of_the_next_event_is_used():
     assert not torch.allclose(soon, late)
     with pytest.raises(ValueError, match="next_timestamps"):
         encoder(items, offsets, times)
+
+
+def test_a_calendar_tells_buckets_apart_and_counts_times_outside_as_its_ends():
+    torch.manual_seed(0)
+    config = EncoderConfig(
+        dim=8, use_time_bias=False, calendar="week", calendar_end=10 * 604_800 - 1
+    )
+    encoder = HSTUEncoder(config).eval()
+    assert sum(p.shape == (10, 8) for p in encoder.parameters()) == 1
+    items, offsets = torch.randn(1, 8), torch.tensor([0, 1])
+    at = [0, 604_799, 604_800, 9 * 604_800, 10**10, -1]
+    first, same, second, last, after, before = (
+        encoder(items, offsets, torch.tensor([time])) for time in at
+    )
+    assert torch.equal(first, same) and torch.equal(first, before) and torch.equal(last, after)
+    assert not torch.allclose(first, second)
+    with pytest.raises(ValueError, match="a calendar needs timestamps"):
+        encoder(items, offsets)
+
+
+def test_with_query_time_the_calendar_of_the_event_to_predict_is_used():
+    torch.manual_seed(0)
+    config = EncoderConfig(dim=8, use_time_bias=False, query_time="next", **CALENDAR)
+    encoder = HSTUEncoder(config).eval()
+    items, times, offsets = (
+        torch.randn(3, 8),
+        torch.zeros(3, dtype=torch.int64),
+        torch.tensor([0, 3]),
+    )
+    now, later = (encoder(items, offsets, times, times + t) for t in (0, 10**7))
+    assert not torch.allclose(now, later)
+    with pytest.raises(ValueError, match="a calendar needs next_timestamps"):
+        encoder(items, offsets, times)
+
+
+def test_a_calendar_without_a_range_is_refused():
+    with pytest.raises(ValueError, match="needs calendar_begin and calendar_end"):
+        HSTUEncoder(EncoderConfig(calendar="month"))
 
 
 def test_padding_left_right_or_none_gives_the_same_logits():

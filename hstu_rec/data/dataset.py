@@ -86,6 +86,18 @@ class Dataset:
         """int64 [N]: events of each item in the training part."""
         return _as_numpy(self._item_table.column("train_count"))
 
+    def train_time_range(self) -> tuple[int, int]:
+        """Times in s of the first and last training event. Raises ValueError when there is none."""
+        users = np.flatnonzero(self.train_ends > 0)
+        if not len(users):
+            raise ValueError(
+                f"{self.path}: no user has a training event; check the split of prepare"
+            )
+        ends = self.train_ends[users]
+        first = _take(self._timestamps, self.starts[users])
+        last = _take(self._timestamps, self.starts[users] + ends - 1)
+        return int(first.min()), int(last.max())
+
     def gather(
         self, users: np.ndarray, begins: np.ndarray, ends: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from hstu_rec import distributed
+from hstu_rec.co_occurrence import count_pairs, item_vectors
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.stream import TrainStream
 from hstu_rec.item_table import local_shards
-from hstu_rec.learner import Learner
+from hstu_rec.learner import Learner, resolved
 from hstu_rec.loss import NegativeSampler
 from tests.datasets import write_dataset
 from tests.ranks import run_ranks
@@ -37,6 +38,11 @@ SETTINGS = {
         "loss.temperature=1",
         "optim.warmup_steps=3",
         "table.sharding=table_wise",
+    ],
+    "all, calendar, rows of co-occurrence": [
+        "loss.negatives=all",
+        "encoder.calendar=day",
+        "table.init=co_occurrence",
     ],
     "frequency, sgd, cosine": [
         "loss.negatives=frequency",
@@ -65,10 +71,10 @@ def make_config(path, settings):
 
 
 def make_data(path):
-    """Users with 0 to 14 training events."""
+    """Users with 1 to 14 training events; the last item is in none."""
     random = np.random.default_rng(5)
     lengths = [3, 4, *random.integers(3, 17, 30)]
-    items = [random.integers(0, NUM_ITEMS, n).tolist() for n in lengths]
+    items = [random.integers(0, NUM_ITEMS - 1, n).tolist() for n in lengths]
     times = [np.sort(random.integers(10**9, 10**9 + 10**6, n)).tolist() for n in lengths]
     write_dataset(path, items, times, num_items=NUM_ITEMS)
 
@@ -77,6 +83,7 @@ def train_sharded(path, settings):
     """(losses, item table, encoder, initial table, initial encoder) as one of several ranks sees them."""
     config = make_config(path, settings)
     learner = Learner(config, Dataset(path), torch.device("cpu"))
+    learner.begin()
     encoder = {name: value.clone() for name, value in learner.encoder.state_dict().items()}
     table = [(rows.clone().numpy(), first) for rows, first in local_shards(learner.model)]
     losses, step = [], 0
@@ -98,6 +105,11 @@ def plain_encoder(weights, x, times, next_times, config):
     distance = (steps[:, None] - steps).clamp(0, config.max_history_len - 1)
     elapsed = (next_times[:, :, None] - times[:, None, :]).abs().clamp(min=1)
     bucket = (elapsed.double().log() / 0.301).floor().long().clamp(max=128)
+    for name, when in (("calendar", times), ("next_calendar", next_times)):
+        embedding = weights.get(f"{name}.embedding")
+        if embedding is not None:
+            day = (when - config.calendar_begin).div(86_400).floor().long()
+            x = x + embedding[day.clamp(0, len(embedding) - 1)]
     for layer in range(config.num_layers):
         w = {n.removeprefix(f"layers.{layer}."): v for n, v in weights.items() if f".{layer}." in n}
         normed = F.layer_norm(x, (dim,), w["input_norm.weight"], w["input_norm.bias"])
@@ -171,7 +183,8 @@ def plain_rate(config, step, steps_an_epoch):
 
 def train_plainly(path, settings, rows, encoder_state):
     """The same steps on whole batches; encoder, loss and optimizers written out in plain torch, float64."""
-    config, dataset = make_config(path, settings), Dataset(path)
+    dataset = Dataset(path)
+    config = resolved(make_config(path, settings), dataset)
     rows = torch.from_numpy(rows).double().requires_grad_()
     weights = {n: torch.from_numpy(v).double().requires_grad_() for n, v in encoder_state.items()}
     stream = TrainStream(dataset, config.data, config.encoder.max_history_len, config.train.seed)
@@ -222,10 +235,11 @@ def test_losses_and_weights_equal_the_unsharded_model(tmp_path, world_size, sett
     assert abs(losses[0] - losses[-1]) > 1e-3
 
 
-def initial_rows(path, seed):
+def initial_rows(path, seed, settings=()):
     """The untrained item table's rows on this rank, and their first item."""
-    config = make_config(path, [f"train.seed={seed}"])
+    config = make_config(path, [f"train.seed={seed}", *settings])
     learner = Learner(config, Dataset(path), torch.device("cpu"))
+    learner.begin()
     return [[(rows.numpy(), first) for rows, first in local_shards(learner.model)]]
 
 
@@ -236,6 +250,21 @@ def test_the_first_rows_depend_on_the_seed_and_not_on_the_ranks(tmp_path):
     np.testing.assert_array_equal(whole_table(run_ranks(3, initial_rows, path, 1), 0), one)
     assert not np.isclose(one, other).any()
     assert 0.015 < one.std() < 0.025
+
+
+@pytest.mark.parametrize("sharding", ["row_wise", "table_wise"])
+def test_rows_of_co_occurrence_are_on_every_rank_what_process_0_made(tmp_path, sharding):
+    path = tmp_path / "data"
+    make_data(path)
+    settings = ["table.init=co_occurrence", "table.init_norm=0.7", f"table.sharding={sharding}"]
+    rows = whole_table(run_ranks(3, initial_rows, path, 1, settings), 0)
+    vectors = 0.7 * item_vectors(count_pairs(Dataset(path)), 8, 1).numpy()
+    occurs = vectors.any(1)
+    # Processes may sum in another order, by their numbers of threads.
+    np.testing.assert_allclose(rows[occurs], vectors[occurs], atol=1e-5)
+    normal = whole_table(run_ranks(1, initial_rows, path, 1), 0)
+    np.testing.assert_array_equal(rows[~occurs], normal[~occurs])
+    assert 0 < occurs.sum() < NUM_ITEMS
 
 
 def step_after_damage(path, settings):
