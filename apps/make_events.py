@@ -1,0 +1,49 @@
+"""Makes events in which counts decide: data for configs/intensity_silu.yaml and its like.
+
+    python apps/make_events.py dirichlet OUT.parquet [key=value ...]    a Dirichlet process a user
+    python apps/make_events.py counting OUT.parquet [key=value ...]     an answer that a count decides
+
+It prints the best Recall@10 that is possible on what it makes. apps/prepare.py makes a dataset folder of
+OUT.parquet. `help` lists the keys.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from hstu_rec.config import help_text, load, run_app
+from hstu_rec.data.intensity import (
+    COUNTING_BEST,
+    CountingConfig,
+    DirichletConfig,
+    best_recall,
+    counting_events,
+    dirichlet_events,
+)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Writes the events of kind arguments[0] to arguments[1]."""
+    if len(arguments) and arguments[0] in ("-h", "--help", "help"):
+        dirichlet, counting = help_text(DirichletConfig), help_text(CountingConfig)
+        print(f"{__doc__}\ndirichlet\n{dirichlet}\ncounting\n{counting}")
+        return
+    if len(arguments) < 2 or arguments[0] not in ("dirichlet", "counting") or "=" in arguments[1]:
+        given = " ".join(arguments) or "nothing"
+        raise ValueError(f"give dirichlet or counting, OUT.parquet, then key=value; got {given}")
+    kind, output, *options = arguments
+    if Path(output).exists():
+        raise ValueError(f"{output} is already there; remove it, or give another file")
+    if kind == "dirichlet":
+        config = load(DirichletConfig, options)
+        events, best = dirichlet_events(config), best_recall(config, 10)
+    else:
+        events, best = counting_events(load(CountingConfig, options)), COUNTING_BEST
+    pq.write_table(events, output)
+    known = ", ".join(f"{what} {value:.4f}" for what, value in best.items())
+    print(f"wrote    {output}: {len(events):,} events\nbest Recall@10 of who knows    {known}")
+
+
+if __name__ == "__main__":
+    run_app(main)
