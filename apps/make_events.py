@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 
 from hstu_rec.config import help_text, load, run_app
 from hstu_rec.data.intensity import (
-    COUNTING_BEST,
     CountingConfig,
     DirichletConfig,
+    best_counting_recall,
     best_recall,
     counting_events,
     dirichlet_events,
@@ -39,7 +39,8 @@ def main(arguments: Sequence[str]) -> None:
         config = load(DirichletConfig, options)
         events, best = dirichlet_events(config), best_recall(config, 10)
     else:
-        events, best = counting_events(load(CountingConfig, options)), COUNTING_BEST
+        config = load(CountingConfig, options)
+        events, best = counting_events(config), best_counting_recall(config, 10)
     pq.write_table(events, output)
     known = ", ".join(f"{what} {value:.4f}" for what, value in best.items())
     print(f"wrote    {output}: {len(events):,} events\nbest Recall@10 of who knows    {known}")

@@ -17,8 +17,6 @@ DAY_S = 86_400
 MARKER, FILLER, QUERY = "marker", "filler", "query"
 # Days before which the validation answers and the test answers of `counting_events` do not come.
 COUNTING_DAYS = (100, 200)
-# Expected Recall@10 of `counting_events` with 10 answers a group, by what a ranker knows.
-COUNTING_BEST = {"counts": 1.0, "shares": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +170,8 @@ class CountingConfig:
     """k: the answer tells whether there were more than k markers, of 1 to 2 k."""
     fillers_per_marker: int = 2
     """Filler events for each marker: the same share of markers in every history."""
-    num_answers: int = 10
-    """Items of each of the two groups of answers."""
+    num_answers: int = 8
+    """Items of each of the two groups of answers; with marker and filler a group fills a top 10."""
     has_query: bool = False
     """Whether an item of its own, once in every history, stands between history and answer."""
     seed: int = 7
@@ -195,8 +193,8 @@ def counting_events(config: CountingConfig) -> pa.Table:
         m ~ uniform on 1 .. 2 k;  history: m markers and f m fillers in random order, then the query if any
         answer: uniform on group "low" if m <= k, on group "high" otherwise
 
-    The answer's group is all that can be known, so that num_answers = 10 makes the best Recall@10 1, and
-    that of who does not know m 1/2. Histories begin on 2020-01-01 and end long before day COUNTING_DAYS[0]
+    The answer's group is all that can be known, and a count alone tells it: the share of markers is
+    1 / (1 + f) in every history. Histories begin on 2020-01-01 and end long before day COUNTING_DAYS[0]
     of the answers of validation users; those of test users come on day COUNTING_DAYS[1]. Prepare with
     split=time valid_time=2020-02-01 test_time=2020-06-01.
     """
@@ -223,6 +221,17 @@ def counting_events(config: CountingConfig) -> pa.Table:
     user, names, times = (np.concatenate(column) for column in zip(*tables, strict=True))
     order = np.lexsort((times, user))
     return _table(user[order], names[order], times[order])
+
+
+def best_counting_recall(config: CountingConfig, k: int) -> dict[str, float]:
+    """Expected Recall@k on `counting_events`, of who knows "counts" and of who knows "shares" alone.
+
+    Without a query the history does not tell that it ended: marker and filler are likelier than any one
+    answer and take two of the k places. The rest hold answers of the right group, or of both.
+    """
+    places = k if config.has_query else max(k - 2, 0)
+    groups = {"counts": 1, "shares": 2}
+    return {what: min(1.0, places / (n * config.num_answers)) for what, n in groups.items()}
 
 
 def _draw_new(
