@@ -128,7 +128,13 @@ def test_a_wrong_setting_of_an_app_is_a_sentence(form: str) -> None:
     assert "unknown key 'optm.lr'; did you mean 'optim.lr'?" in done.stdout + done.stderr
 
 
-POSITIONALS = {"train": [], "prepare": ["in", "out"], "evaluate": ["{run}"], "benchmark": ["step"]}
+POSITIONALS = {
+    "train": [],
+    "prepare": ["in", "out"],
+    "evaluate": ["{run}"],
+    "benchmark": ["step"],
+    "make_events": ["counting", "{run}/out.parquet"],
+}
 
 
 @pytest.mark.parametrize("app", sorted(path.stem for path in (ROOT / "apps").glob("*.py")))
