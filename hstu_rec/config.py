@@ -194,13 +194,9 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
 
 
-def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+def leaves(config: Any) -> dict[str, Any]:
     """Dotted key and value, of what YAML has itself, of every setting of `config`."""
-    found = {}
-    for one in fields(config):
-        key, value = prefix + one.name, getattr(config, one.name)
-        found |= leaves(value, f"{key}.") if is_dataclass(value) else {key: _plain(value)}
-    return found
+    return dict(_flat(_plain(config), "", {}))
 
 
 def help_text(schema: type) -> str:
@@ -260,7 +256,8 @@ def _settings(
 def _with_bases(path: Path) -> list[tuple[Path, dict[Any, Any]]]:
     """The settings of a YAML file, after those of the files it is based on."""
     found: list[tuple[Path, dict[Any, Any]]] = []
-    while path not in [one for one, _ in found]:
+    # Resolved, because ../ in a base gives one file many names.
+    while path.resolve() not in [one.resolve() for one, _ in found]:
         content = OmegaConf.load(path)
         if not isinstance(content, DictConfig):
             raise ValueError("it holds no mapping of settings")
