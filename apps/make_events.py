@@ -22,25 +22,28 @@ from hstu_rec.data.intensity import (
     dirichlet_events,
 )
 
+KINDS = {
+    "dirichlet": (DirichletConfig, dirichlet_events, best_recall),
+    "counting": (CountingConfig, counting_events, best_counting_recall),
+}
+
 
 def main(arguments: Sequence[str]) -> None:
     """Writes the events of kind arguments[0] to arguments[1]."""
     if len(arguments) and arguments[0] in ("-h", "--help", "help"):
-        dirichlet, counting = help_text(DirichletConfig), help_text(CountingConfig)
-        print(f"{__doc__}\ndirichlet\n{dirichlet}\ncounting\n{counting}")
+        print(__doc__)
+        for kind, (schema, _, _) in KINDS.items():
+            print(f"{kind}\n{help_text(schema)}")
         return
-    if len(arguments) < 2 or arguments[0] not in ("dirichlet", "counting") or "=" in arguments[1]:
+    if len(arguments) < 2 or arguments[0] not in KINDS or "=" in arguments[1]:
         given = " ".join(arguments) or "nothing"
         raise ValueError(f"give dirichlet or counting, OUT.parquet, then key=value; got {given}")
     kind, output, *options = arguments
     if Path(output).exists():
         raise ValueError(f"{output} is already there; remove it, or give another file")
-    if kind == "dirichlet":
-        config = load(DirichletConfig, options)
-        events, best = dirichlet_events(config), best_recall(config, 10)
-    else:
-        config = load(CountingConfig, options)
-        events, best = counting_events(config), best_counting_recall(config, 10)
+    schema, make, best_of = KINDS[kind]
+    config = load(schema, options)
+    events, best = make(config), best_of(config, 10)
     pq.write_table(events, output)
     known = ", ".join(f"{what} {value:.4f}" for what, value in best.items())
     print(f"wrote    {output}: {len(events):,} events\nbest Recall@10 of who knows    {known}")

@@ -8,7 +8,7 @@ Without a configuration it trains configs/demo.yaml, on data that it makes itsel
 from pathlib import Path
 
 from hstu_rec.config import RunConfig, help_text, load, run_app
-from hstu_rec.data.synthetic import prepare_demo
+from hstu_rec.data.synthetic import prepare_if_demo
 from hstu_rec.trainer import train
 
 DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
@@ -20,8 +20,7 @@ def main(arguments: list[str]) -> None:
         return
     has_yaml = any("=" not in argument for argument in arguments)
     config = load(RunConfig, arguments if has_yaml else [str(DEMO), *arguments])
-    if config.data.path == load(RunConfig, [str(DEMO)]).data.path:
-        prepare_demo(config.data.path)
+    prepare_if_demo(config.data.path)
     train(config)
 
 

@@ -7,7 +7,6 @@ Figures under different protocols never meet in one table: seen items masked and
 are query time used and not used.
 """
 
-import io
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,10 @@ from hstu_rec.report import (
     duration,
     listing,
     markdown_table,
+    new_figure,
+    png,
     protocol_line,
+    query_time_used,
     words,
 )
 
@@ -78,7 +80,7 @@ class Table:
     @property
     def protocol(self) -> str:
         """What sets this table apart from the others of its data set."""
-        return f"seen items {SEEN_ITEMS[self.seen]}, query time {_used(self.uses_query_time)}"
+        return f"seen items {SEEN_ITEMS[self.seen]}, {query_time_used(self.uses_query_time)}"
 
 
 def read_published(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -282,23 +284,14 @@ def _listed(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
 
-def _used(is_used: bool) -> str:
-    return "used" if is_used else "not used"
-
-
 def draw(tables: Sequence[Table]) -> bytes:
     """A PNG of bars: a panel a table and metric, the best Recall@10 on top, errors of one deviation."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.patches import Patch
 
     ranked = [sorted((r for r in t.rows if r.means), key=_by_recall) for t in tables]
     # In inches: of the bars, and what title, axis and gap of a panel take.
     heights = [0.27 * max(len(rows), 1) for rows in ranked]
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    figure = Figure(
-        figsize=(12, sum(heights) + len(tables) + 0.5), dpi=150, layout=layout, facecolor="white"
-    )
+    figure = new_figure(12, sum(heights) + len(tables) + 0.5)
     grid = figure.subplots(len(tables), len(DRAWN), squeeze=False, height_ratios=heights)
     for table, rows, panels in zip(tables, ranked, grid, strict=True):
         for axes, (metric, name) in zip(panels, DRAWN.items(), strict=True):
@@ -313,9 +306,7 @@ def draw(tables: Sequence[Table]) -> bytes:
         frameon=False,
         labelcolor=INK,
     )
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    return image.getvalue()
+    return png(figure)
 
 
 def _by_recall(row: Row) -> float:

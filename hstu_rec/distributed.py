@@ -41,7 +41,7 @@ def start(device: DeviceChoice = "auto") -> torch.device:
             "train.device is 'cuda' but torch sees no CUDA device; use 'auto' or 'cpu', "
             f"or install a CUDA build of torch (installed: {torch.__version__})"
         )
-    use_cuda = device != "cpu" and torch.cuda.is_available()
+    use_cuda = uses_cuda(device)
     chosen = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if use_cuda
@@ -72,6 +72,11 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, MAX_MMAP_THRESHOLD)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def uses_cuda(device: DeviceChoice) -> bool:
+    """True when that choice takes CUDA on this machine."""
+    return device != "cpu" and torch.cuda.is_available()
 
 
 def device_name(device: torch.device) -> str:

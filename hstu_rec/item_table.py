@@ -233,20 +233,24 @@ def local_shards(sharded: nn.Module) -> list[tuple[Tensor, int]]:
 
 @torch.no_grad()
 def fill_rows(
-    sharded: nn.Module, vectors: Tensor | None, num_items: int, device: torch.device
+    sharded: nn.Module, table: ItemTable, vectors: Tensor | None, device: torch.device
 ) -> None:
     """Sets every row to process 0's `vectors` [N, D], but for rows of zeros, which stay. Collective."""
     shards = local_shards(sharded)
-    dim = next(m.dim for m in sharded.modules() if isinstance(m, ItemTable))
-    for begin in range(0, num_items, INIT_BLOCK_ROWS):
-        end = min(begin + INIT_BLOCK_ROWS, num_items)
-        block = torch.empty(end - begin, dim) if vectors is None else vectors[begin:end]
+    for begin in range(0, table.num_items, INIT_BLOCK_ROWS):
+        end = min(begin + INIT_BLOCK_ROWS, table.num_items)
+        block = torch.empty(end - begin, table.dim) if vectors is None else vectors[begin:end]
         block = distributed.broadcast(block.to(device))
         for rows, first in shards:
-            low, high = max(first, begin), min(first + len(rows), end)
-            if low < high:
-                mine, values = rows[low - first : high - first], block[low - begin : high - begin]
-                mine.copy_(torch.where(values.any(1, keepdim=True), values.to(mine), mine))
+            mine, values = _same_items(rows, first, block, begin)
+            mine.copy_(torch.where(values.any(1, keepdim=True), values.to(mine), mine))
+
+
+def _same_items(rows: Tensor, first: int, block: Tensor, begin: int) -> tuple[Tensor, Tensor]:
+    """What `rows`, of items from `first` on, and `block`, of items from `begin` on, have both; views."""
+    low = max(first, begin)
+    high = max(min(first + len(rows), begin + len(block)), low)
+    return rows[low - first : high - first], block[low - begin : high - begin]
 
 
 @torch.no_grad()
@@ -257,6 +261,5 @@ def _initialise(rows: Tensor, first: int, std: float, seed: int) -> None:
         generator = distributed.generator("rows", seed, block)
         normal = generator.standard_normal((INIT_BLOCK_ROWS, rows.shape[1]), dtype=np.float32)
         values = torch.from_numpy(normal).mul_(std)
-        start = block * INIT_BLOCK_ROWS
-        low, high = max(first, start), min(end, start + INIT_BLOCK_ROWS)
-        rows[low - first : high - first] = values[low - start : high - start].to(rows)
+        mine, drawn = _same_items(rows, first, values, block * INIT_BLOCK_ROWS)
+        mine.copy_(drawn)

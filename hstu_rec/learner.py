@@ -48,7 +48,7 @@ class Learner:
     ) -> None:
         torch.manual_seed(config.train.seed)
         config = resolved(config, dataset)
-        self.config, self.device, self.dataset = config, device, dataset
+        self.config, self.device = config, device
         seed = config.train.seed
         self.stream = stream(dataset, config.data, config.encoder.max_history_len, seed)
         self.table = ItemTable(config.table, dataset.num_items, config.encoder.dim, device)
@@ -81,9 +81,9 @@ class Learner:
         vectors = None
         if distributed.is_main():
             dim, norm = self.config.encoder.dim, table.init_norm
-            pairs = count_pairs(self.dataset)
+            pairs = count_pairs(self.stream.dataset)
             vectors = norm * item_vectors(pairs, dim, self.config.train.seed)
-        fill_rows(self.model, vectors, self.dataset.num_items, self.device)
+        fill_rows(self.model, self.table, vectors, self.device)
 
     def step(self, epoch: int, index: int, step: int) -> Tensor:
         """One training step; returns the mean loss over all ranks' positions, a CPU scalar. Collective.

@@ -24,14 +24,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hstu_rec import distributed
 from hstu_rec.checkpoint import write_file
 from hstu_rec.comparison import Measured, Table, compared, details, draw, page, read_published
 from hstu_rec.config import RunConfig, leaves, load, save
 from hstu_rec.data.dataset import Dataset
-from hstu_rec.data.synthetic import prepare_demo
+from hstu_rec.data.synthetic import prepare_if_demo
 from hstu_rec.learner import resolved
 from hstu_rec.versions import commit
 
@@ -183,8 +181,7 @@ def _recipe(file: str, shared: Sequence[str], folder: Path) -> Recipe:
     config = load(RunConfig, [file, *shared])
     if 10 not in config.eval.ks:
         raise ValueError(f"eval.ks must hold 10, which tables compare; got {config.eval.ks}")
-    if config.data.path == RunConfig().data.path:
-        prepare_demo(config.data.path)
+    prepare_if_demo(config.data.path)
     dataset = Dataset(config.data.path)
     config, facts = resolved(config, dataset), _identity_of_data(dataset.facts)
     content = json.dumps([_identity(config), facts], sort_keys=True)
@@ -282,7 +279,7 @@ def _launch(run: Run, settings: QualityConfig) -> subprocess.Popen[bytes]:
 
 def _command(run: Run, settings: QualityConfig) -> list[str]:
     """A run as a user would start it, on a free port; with nothing to resume, auto begins anew."""
-    is_cuda = run.recipe.config.train.device != "cpu" and torch.cuda.is_available()
+    is_cuda = distributed.uses_cuda(run.recipe.config.train.device)
     processes = settings.processes or (1 if is_cuda else 2)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return [

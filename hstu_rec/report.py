@@ -115,13 +115,17 @@ def words(method: str) -> str:
     return method.replace("_", "-")
 
 
+def query_time_used(is_used: bool) -> str:
+    """The protocol's use of the query time in words."""
+    return "query time used" if is_used else "query time not used"
+
+
 def protocol_line(protocol: Mapping[str, Any]) -> str:
     """The protocol as sentences on one line."""
-    query_time = "query time used" if protocol["use_query_time"] else "query time not used"
     verb = "includes" if protocol["test_history_includes_valid"] else "excludes"
     return (
         f"Test: {protocol['num_users']:,} users, each ranked against all "
-        f"{protocol['num_candidates']:,} items; {query_time}; "
+        f"{protocol['num_candidates']:,} items; {query_time_used(protocol['use_query_time'])}; "
         f"newest {protocol['max_history_len']} events of the history, which {verb} the validation "
         f"item; model chosen by validation {protocol['selection_metric']}."
     )
@@ -219,9 +223,6 @@ def _fenced(text: str) -> str:
 
 def _draw_curves(rows: Sequence[Mapping[str, Any]], selection_metric: str) -> bytes:
     """A PNG of two panels: training loss by step; validation by epoch, the best marked."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     losses = [
         (row["step"], row["loss"]) for row in rows if row["kind"] == "train" and "loss" in row
     ]
@@ -235,13 +236,26 @@ def _draw_curves(rows: Sequence[Mapping[str, Any]], selection_metric: str) -> by
     has_epoch = bool(chosen) and all("epoch" in row for row in chosen)
     points = [(row["epoch" if has_epoch else "step"], row[selection_metric]) for row in chosen]
 
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.05)
-    figure = Figure(figsize=(11, 4.2), dpi=150, layout=layout, facecolor="white")
+    figure = new_figure(11, 4.2, wspace=0.05)
     left, right = figure.subplots(1, 2)
     dress(left, "Training loss", "step")
     dress(right, f"Validation {selection_metric}", "epoch" if has_epoch else "step")
     _draw_loss(left, losses)
     _draw_metric(right, points)
+    return png(figure)
+
+
+def new_figure(width: float, height: float, wspace: float | None = None) -> Any:
+    """An empty matplotlib Figure of so many inches; `wspace` as its constrained layout has it."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=wspace)
+    return Figure(figsize=(width, height), dpi=150, layout=layout, facecolor="white")
+
+
+def png(figure: Any) -> bytes:
+    """The figure as a PNG file's content."""
     image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()

@@ -159,20 +159,18 @@ def _resume(
     config: RunConfig, learner: Learner, dataset: Dataset, folder: Path, tracker: Tracker
 ) -> Progress:
     """Loads the checkpoint that train.resume names, or begins anew."""
-    root = folder / "checkpoints"
-    if config.train.resume == "none":
-        learner.begin()
-        return Progress()
+    root, found = folder / "checkpoints", None
     if config.train.resume == "auto":
         found, skipped = checkpoint.newest(root)
         for sentence in skipped:
             tracker.say(f"resume: {sentence}")
         if found is None:
             tracker.say("resume: no complete checkpoint, starting anew")
-            learner.begin()
-            return Progress()
-    else:
+    elif config.train.resume != "none":
         found = Path(config.train.resume)
+    if found is None:
+        learner.begin()
+        return Progress()
     progress = _load(found, learner, dataset)
     learner.continue_at(progress.step)
     if found.parent.resolve() != root.resolve():

@@ -18,6 +18,7 @@ from hstu_rec.comparison import METRICS, Measured, compared, draw, page, read_pu
 from hstu_rec.config import RunConfig, load
 from hstu_rec.quality import PUBLISHED, TRAIN_APP, Run, finished, planned, quality
 from tests.datasets import write_dataset
+from tests.results import PROTOCOL
 
 ROOT = Path(__file__).parent.parent
 SEEN = ("seen_masked", "seen_allowed")
@@ -51,15 +52,7 @@ def result_of(value: float, **versions: str) -> dict[str, Any]:
     part = {name: value + index / 100 for index, name in enumerate((*METRICS, "mrr"))}
     parts = {seen: {k: v + (seen == "seen_masked") for k, v in part.items()} for seen in SEEN}
     return {
-        "protocol": {
-            "use_query_time": False,
-            "max_history_len": 50,
-            "num_candidates": 12101,
-            "num_users": 22363,
-            "test_history_includes_valid": True,
-            "selection_metric": "seen_allowed/ndcg@10",
-            "data": {},
-        },
+        "protocol": {**PROTOCOL, "data": {}},
         "test": parts,
         "baselines": {"popularity": parts, "co_occurrence": parts},
         "timing": {"train_s": 600 * value, "processes": 2, "device": "CPU"},

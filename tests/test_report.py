@@ -9,6 +9,7 @@ import pytest
 
 from hstu_rec.report import FIRST_METRICS, metric_table, write_report
 from hstu_rec.tracking import Tracker, read_metrics
+from tests.results import PROTOCOL
 
 CONFIG = "data:\n  path: data/demo\n"
 
@@ -20,15 +21,7 @@ def metrics(first):
 @pytest.fixture
 def result():
     return {
-        "protocol": {
-            "use_query_time": False,
-            "max_history_len": 50,
-            "num_candidates": 12101,
-            "num_users": 22363,
-            "test_history_includes_valid": True,
-            "selection_metric": "seen_allowed/ndcg@10",
-            "data": {"users": 22363, "length": {"median": 6}},
-        },
+        "protocol": {**PROTOCOL, "data": {"users": 22363, "length": {"median": 6}}},
         "test": {"seen_masked": metrics(0.11), "seen_allowed": metrics(0.21)},
         "valid": {"seen_masked": metrics(0.31), "seen_allowed": metrics(0.41)},
         "baselines": {

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-FIRST_DAY_S = 1_577_836_800  # 2020-01-01
+from hstu_rec.data.synthetic import FIRST_DAY_S, event_table, item_names
+
 DAY_S = 86_400
 MARKER, FILLER, QUERY = "marker", "filler", "query"
 # Days before which the validation answers and the test answers of `counting_events` do not come.
@@ -87,7 +88,8 @@ def dirichlet_histories(config: DirichletConfig) -> Histories:
     alpha / (alpha + n). User u of U sees N (s + (1 - s) u / U) items, s being the initial share.
     Raises ValueError with every problem of `config`.
     """
-    _refuse(config.problems())
+    if problems := config.problems():
+        raise ValueError("; ".join(problems))
     random = np.random.default_rng([config.seed, 2])
     users = np.arange(config.num_users)
     share = config.initial_share + (1 - config.initial_share) * users / config.num_users
@@ -118,8 +120,8 @@ def dirichlet_events(config: DirichletConfig) -> pa.Table:
     made = dirichlet_histories(config)
     user = np.repeat(np.arange(len(made.lengths)), made.lengths)
     place = np.arange(len(user)) - np.repeat(np.cumsum(made.lengths) - made.lengths, made.lengths)
-    names = np.array([f"i{item:07d}" for item in range(config.num_items)])
-    return _table(user, names[made.items[user, place]], FIRST_DAY_S + 60 * user + place)
+    items = item_names(config.num_items)[made.items[user, place]]
+    return event_table(user, items, FIRST_DAY_S + 60 * user + place)
 
 
 def best_recall(config: DirichletConfig, k: int) -> dict[str, float]:
@@ -198,7 +200,8 @@ def counting_events(config: CountingConfig) -> pa.Table:
     of the answers of validation users; those of test users come on day COUNTING_DAYS[1]. Prepare with
     split=time valid_time=2020-02-01 test_time=2020-06-01.
     """
-    _refuse(config.problems())
+    if problems := config.problems():
+        raise ValueError("; ".join(problems))
     random = np.random.default_rng([config.seed, 3])
     tables = []
     markers = random.integers(1, 2 * config.threshold + 1, config.num_users)
@@ -220,7 +223,7 @@ def counting_events(config: CountingConfig) -> pa.Table:
     tables.append((everyone, answers, FIRST_DAY_S + DAY_S * day + 60 * (lengths + 1)))
     user, names, times = (np.concatenate(column) for column in zip(*tables, strict=True))
     order = np.lexsort((times, user))
-    return _table(user[order], names[order], times[order])
+    return event_table(user[order], names[order], times[order])
 
 
 def best_counting_recall(config: CountingConfig, k: int) -> dict[str, float]:
@@ -260,20 +263,3 @@ def _draw_seen(
         is_off = random.random(len(waiting)) < discount
         waiting = waiting[is_first[waiting, place[waiting]] & is_off]
     return seen[np.arange(len(seen)), place]
-
-
-def _table(user: np.ndarray, names: np.ndarray, times: np.ndarray) -> pa.Table:
-    users = np.array([f"u{one:07d}" for one in range(int(user.max()) + 1)])
-    return pa.table(
-        {
-            "user_id": pa.array(users[user]),
-            "item_id": pa.array(names),
-            "timestamp": pa.array(times.astype(np.int64)),
-        }
-    )
-
-
-def _refuse(problems: list[str]) -> None:
-    """Raises ValueError with all of `problems`."""
-    if problems:
-        raise ValueError("; ".join(problems))

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from hstu_rec.data.dataset import FILES
 from hstu_rec.data.prepare import PrepareConfig, prepare
+from hstu_rec.data.stream import DataConfig
 
 SHORTEST = 3
 FIRST_DAY_S = 1_577_836_800  # 2020-01-01
@@ -55,11 +56,22 @@ def make_events(
     if shuffled:
         items = random.permutation(items)
     users = np.repeat(np.arange(num_users), lengths)
+    return event_table(users, item_names(num_items)[items], _timestamps(random, starts, lengths))
+
+
+def item_names(num_items: int) -> np.ndarray:
+    """Own ids of made items, by index."""
+    return np.array([f"i{item:07d}" for item in range(num_items)])
+
+
+def event_table(users: np.ndarray, items: np.ndarray, timestamps: np.ndarray) -> pa.Table:
+    """Events (user_id string, item_id string, timestamp int64 s) of users by number and items by own id."""
+    user_names = np.array([f"u{user:07d}" for user in range(int(users.max()) + 1)])
     return pa.table(
         {
-            "user_id": pa.array([f"u{user:07d}" for user in users.tolist()]),
-            "item_id": pa.array([f"i{item:07d}" for item in items.tolist()]),
-            "timestamp": pa.array(_timestamps(random, starts, lengths)),
+            "user_id": pa.array(user_names[users]),
+            "item_id": pa.array(items),
+            "timestamp": pa.array(timestamps),
         }
     )
 
@@ -118,6 +130,12 @@ def prepare_demo(path: str | Path) -> None:
         except ValueError:
             if not _is_dataset(path):
                 raise
+
+
+def prepare_if_demo(path: str) -> None:
+    """`prepare_demo` when `path` is the default of data.path."""
+    if path == DataConfig().path:
+        prepare_demo(path)
 
 
 def _is_dataset(path: Path) -> bool:
