@@ -35,9 +35,9 @@ def padded(batch: SequenceBatch, length: int) -> SequenceBatch:
 class PaddedStream(TrainStream):
     """The same batches, every history at max_history_len: padding is encoded and scored like events."""
 
-    def batch(self, epoch: int, step: int) -> SequenceBatch:
-        """This rank's part of a global batch, padded."""
-        return padded(super().batch(epoch, step), self.max_history_len)
+    def batch(self, epoch: int, step: int, of_all_ranks: bool = False) -> SequenceBatch:
+        """This rank's part of a global batch, or that of all, padded."""
+        return padded(super().batch(epoch, step, of_all_ranks), self.max_history_len)
 
 
 def step_times(learner: Learner, epoch: int, num_steps: int) -> list[float]:

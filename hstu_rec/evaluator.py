@@ -76,13 +76,16 @@ class Queries:
     seen_offsets: Tensor  # int64 [Q + 1]
 
 
-def rank_targets(queries: Queries, shard: ItemShard, chunk_items: int) -> tuple[Tensor, Tensor]:
+def rank_targets(
+    queries: Queries, shard: ItemShard, chunk_items: int, seen_score: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """int64 [Q] ranks of this rank's targets, with seen items allowed and with them masked.
 
+    `seen_score` is added to the scores of seen items, in float64; the same on all ranks.
     Collective. The target itself is never masked. Raises, on all ranks together, FloatingPointError for
     values that are not finite and ValueError for ids outside the catalogue.
     """
-    _check(queries, shard, chunk_items)
+    _check(queries, shard, chunk_items, seen_score)
     num_mine = torch.zeros(distributed.world_size(), dtype=torch.int64)
     num_mine[distributed.rank()] = len(queries.target_ids)
     before = int(distributed.all_reduce_sum(num_mine)[: distributed.rank()].sum())
@@ -95,18 +98,23 @@ def rank_targets(queries: Queries, shard: ItemShard, chunk_items: int) -> tuple[
             distributed.all_gather_rows(queries.seen_offsets.diff()).cumsum(0), (1, 0)
         ),
     )
+    seen = _distinct_seen(everyone, shard)
     target_scores = _exact_scores(everyone.vectors, everyone.target_vectors)
+    target_scores[seen.owners[seen.is_target]] += seen_score
     with _true_float32(queries.vectors.device):
         at_least = _count_at_least(everyone, target_scores, shard, chunk_items)
-    counts = torch.stack([at_least, _count_seen_at_least(everyone, target_scores, shard)])
-    counts = distributed.all_reduce_sum(counts)[:, before : before + len(queries.target_ids)]
-    return counts[0], counts[0] - counts[1]
+    seen_at_least = _count_seen_at_least(everyone, target_scores, shard, seen, seen_score)
+    masked = at_least - seen_at_least[0]
+    counts = distributed.all_reduce_sum(torch.stack([masked + seen_at_least[1], masked]))
+    allowed, masked = counts[:, before : before + len(queries.target_ids)]
+    return allowed, masked
 
 
-def _check(queries: Queries, shard: ItemShard, chunk_items: int) -> None:
+def _check(queries: Queries, shard: ItemShard, chunk_items: int, seen_score: float) -> None:
     """All ranks raise together when one of them holds what cannot be ranked."""
     # The shard in chunks: a mask of all of it at once would be a quarter of its memory.
-    floats = (queries.vectors, queries.target_vectors, *shard.vectors.split(chunk_items))
+    bias = shard.vectors.new_tensor(seen_score)
+    floats = (bias, queries.vectors, queries.target_vectors, *shard.vectors.split(chunk_items))
     ids = torch.cat([queries.target_ids, queries.seen_ids])
     is_outside = (ids < 0) | (ids >= shard.num_items)
     bad = torch.stack(
@@ -200,19 +208,37 @@ def _count_at_least(
     return counts
 
 
-def _count_seen_at_least(queries: Queries, target_scores: Tensor, shard: ItemShard) -> Tensor:
-    """int64 [Q]: distinct seen items of the shard, other than the target, at or above the target."""
-    counts = torch.zeros_like(queries.target_ids)
+@dataclass(frozen=True)
+class _Seen:
+    """Every distinct seen item of every query."""
+
+    owners: Tensor  # int64 [S] query
+    items: Tensor  # int64 [S]
+    is_target: Tensor  # bool [S]
+
+
+def _distinct_seen(queries: Queries, shard: ItemShard) -> _Seen:
     num_seen = queries.seen_offsets.diff()
-    owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), num_seen)
-    distinct = torch.unique(owner * shard.num_items + queries.seen_ids)
-    row, item = distinct // shard.num_items, distinct % shard.num_items
-    local = item - shard.first_id
-    is_mine = (local >= 0) & (local < len(shard.vectors)) & (item != queries.target_ids[row])
-    row, local = row[is_mine], local[is_mine]
+    places = torch.arange(len(num_seen), device=num_seen.device)
+    keys = torch.repeat_interleave(places, num_seen) * shard.num_items + queries.seen_ids
+    distinct = torch.unique(keys)
+    owners, items = distinct // shard.num_items, distinct % shard.num_items
+    return _Seen(owners, items, items == queries.target_ids[owners])
+
+
+def _count_seen_at_least(
+    queries: Queries, target_scores: Tensor, shard: ItemShard, seen: _Seen, seen_score: float
+) -> Tensor:
+    """int64 [2, Q]: seen items of the shard, other than the target, that score at least the target's score
+    without `seen_score`, and with it."""
+    counts = target_scores.new_zeros((2, len(target_scores)), dtype=torch.int64)
+    local = seen.items - shard.first_id
+    is_mine = (local >= 0) & (local < len(shard.vectors)) & ~seen.is_target
+    row, local = seen.owners[is_mine], local[is_mine]
     for part in _slices(len(row), shard.vectors.shape[1], MAX_EXACT_NUMBERS):
         scores = _exact_scores(queries.vectors[row[part]], shard.vectors[local[part]])
-        counts.index_add_(0, row[part], (scores >= target_scores[row[part]]).long())
+        for count, added in zip(counts, (0.0, seen_score), strict=True):
+            count.index_add_(0, row[part], (scores + added >= target_scores[row[part]]).long())
     return counts
 
 
@@ -249,6 +275,7 @@ def evaluate(
     sharded.eval()
     shard = _shard(sharded, model, dataset.num_items, device)
     max_history_len = model.encoder.config.max_history_len
+    seen_score = model.loss.seen_score()
     allowed, masked = [], []
     for batch in eval_batches(dataset, split, max_history_len, config.batch_users):
         history = batch.history.to(device)
@@ -261,7 +288,9 @@ def evaluate(
             batch.seen_offsets.to(device),
         )
         for collected, ranks in zip(
-            (allowed, masked), rank_targets(queries, shard, config.chunk_items), strict=True
+            (allowed, masked),
+            rank_targets(queries, shard, config.chunk_items, seen_score),
+            strict=True,
         ):
             collected.append(ranks)
     sharded.train(was_training)

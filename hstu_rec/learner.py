@@ -23,6 +23,10 @@ from hstu_rec.loss import NegativeSampler, SampledSoftmax
 from hstu_rec.model import NextItemModel
 from hstu_rec.pipeline import InputPipeline, Meanwhile, Place
 
+# The seen bias learns at this multiple of optim.lr: it has units to go where Adam's steps are as long as the
+# rate.
+SEEN_RATE = 10.0
+
 
 def resolved(config: RunConfig, dataset: Dataset) -> RunConfig:
     """`config` with what the data decide: the calendar's range, that of the training events."""
@@ -60,14 +64,18 @@ class Learner:
         self.model = shard_model(model, config.table, device, seed)
         sampler = NegativeSampler(config.loss, dataset.num_items, dataset.train_counts, seed)
         self.inputs = InputPipeline(self.stream, sampler, model.encoder, self.table, device)
-        self.encoder: nn.Module = model.encoder
-        self.dense = [p for p in model.encoder.parameters() if p.requires_grad]
+        self.encoder, self.loss = model.encoder, model.loss
+        encoder = [p for p in model.encoder.parameters() if p.requires_grad]
+        of_loss = list(model.loss.parameters())
+        self.dense = [*encoder, *of_loss]
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
-            self.dense,
+            [
+                {"params": encoder, "weight_decay": optim.weight_decay, "rate": 1.0},
+                {"params": of_loss, "weight_decay": 0.0, "rate": SEEN_RATE},
+            ],
             lr=optim.lr,
             betas=(optim.beta1, optim.beta2),
-            weight_decay=optim.weight_decay,
             fused=True,
         )
         self._zero = torch.zeros((), device=device, requires_grad=True)
@@ -127,7 +135,7 @@ class Learner:
     def _set_rates(self, step: int) -> None:
         factor = rate_factor(self.config.optim, step, self.num_steps_planned)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.optim.lr * factor
+            group["lr"] = self.config.optim.lr * factor * group["rate"]
         rate, fused = self.config.table.lr * factor, self.model.fused_optimizer
         groups: Any = fused.param_groups
         if any(group["lr"] != rate for group in groups):

@@ -5,15 +5,9 @@
 Sampled candidates are few: every rank scores its own queries against all of them. The catalogue is
 divided: every rank scores all queries against its own part, so that queries travel and rows do not
 (Megatron-LM's vocabulary-parallel cross entropy, arXiv 1909.08053, section 3).
-
-Logits are made a chunk of queries at a time, and their gradients in the same pass, so that neither is
-ever held whole (the idea of Liger-Kernel's and Apple's fused linear cross entropy).
 """
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,23 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from hstu_rec import distributed
-from hstu_rec.distributed import on_device
+from hstu_rec.data.batch import SequenceBatch
+from hstu_rec.seen import seen_candidates, seen_targets
+from hstu_rec.softmax import LOG2_E, Negatives, SoftmaxLoss
 
 NegativeKind = Literal["all", "uniform", "frequency", "in_batch", "mixed"]
 
-LOG2_E = math.log2(math.e)
-# Logits of one chunk of queries, all of which are held until the sums over the candidates are known. When
-# the catalogue is divided, each chunk waits for the other ranks.
-CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
-# Logits of a tile, the part of a chunk that is worked on while it is in cache.
-TILE_LOGITS = {"cpu": 2**19, "cuda": 2**27}
-MIN_TILE_WIDTH = 64
 # The least probability that logQ is taken of.
 MIN_PROBABILITY = 1e-12
 # Base-2 scores within +- this need no maximum taken off, also with log weights: with logQ an exponential is
 # at most 2**64 / MIN_PROBABILITY = 2**104, and float32's 2**128 leaves room for 2**24 of them; the target's
 # own is at least 2**-64, because log weights and -logQ are not negative.
 MAX_BOUNDED_SCORE2 = 64
+# The seen bias is within +- this, by a tanh: beyond it, a seen item is as good as certain or excluded.
+MAX_SEEN_BIAS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +48,10 @@ class LossConfig:
     """Score of a query and an item; the same in training and in evaluation."""
     temperature: float = 0.05
     """Scores are divided by this."""
+    use_seen_bias: bool = False
+    """Learns one number, added to the logits of items of the user's history in training and in
+    evaluation: how much likelier, or less likely, an event is a repeat. Training knows the newest
+    encoder.max_history_len events, evaluation all."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
@@ -68,29 +63,6 @@ class LossConfig:
         if self.use_logq and self.negatives == "all":
             found.append("use_logq has no effect with negatives 'all'; set one of them")
         return found
-
-
-@dataclass(frozen=True)
-class Negatives:
-    """The candidates of a step: the same on every rank, or divided over the ranks."""
-
-    ids: Tensor
-    """int64 [R], distinct, sorted; when divided, this rank's part."""
-    log_weights: Tensor | None = None
-    """float32 [R]: log of the times drawn, less logQ; None for zeros."""
-    target_log_q: Tensor | None = None
-    """float32 [P]: logQ of this rank's targets; None for zeros."""
-    largest_part: int = 0
-    """The largest R of all ranks when divided, else 0."""
-
-    @property
-    def is_divided(self) -> bool:
-        """True when the ranks' parts are disjoint and together the catalogue."""
-        return self.largest_part > 0
-
-    def to(self, device: torch.device) -> "Negatives":
-        """The candidates on `device`."""
-        return on_device(self, device)
 
 
 class NegativeSampler:
@@ -145,20 +117,36 @@ class NegativeSampler:
         return Negatives(ids, log_weights - self._log_q[ids], self._log_q[target_ids])
 
 
+def with_seen(negatives: Negatives, mine: SequenceBatch, of_all: SequenceBatch) -> Negatives:
+    """`negatives` with what the seen bias needs: this rank's batch, and that of all ranks when divided."""
+    seen = seen_candidates(of_all if negatives.is_divided else mine, negatives.ids)
+    return replace(negatives, seen=seen, is_target_seen=seen_targets(mine))
+
+
 class SampledSoftmax(nn.Module):
     """Sum of the softmax losses over this rank's positions."""
 
     def __init__(self, config: LossConfig) -> None:
         super().__init__()
         self.config = config
+        self.seen_weight = nn.Parameter(torch.zeros(())) if config.use_seen_bias else None
 
     @property
     def _is_bounded(self) -> bool:
         """True when no exponential of a logit can overflow: see MAX_BOUNDED_SCORE2."""
-        return (
-            self.config.similarity == "cosine"
-            and LOG2_E / self.config.temperature < MAX_BOUNDED_SCORE2
-        )
+        largest = 1 / self.config.temperature + MAX_SEEN_BIAS * self.config.use_seen_bias
+        return self.config.similarity == "cosine" and LOG2_E * largest < MAX_BOUNDED_SCORE2
+
+    def seen_bias(self) -> Tensor | None:
+        """What is added to the logits of seen items, a scalar; None without seen bias."""
+        if self.seen_weight is None:
+            return None
+        return MAX_SEEN_BIAS * torch.tanh(self.seen_weight / MAX_SEEN_BIAS)
+
+    def seen_score(self) -> float:
+        """What is added to the scores of seen items, before the temperature; 0 without seen bias."""
+        bias = self.seen_bias()
+        return 0.0 if bias is None else float(bias.detach()) * self.config.temperature
 
     def item_vectors(self, rows: Tensor) -> Tensor:
         """Table rows [*, D] as they are scored, in training and in evaluation alike."""
@@ -182,13 +170,17 @@ class SampledSoftmax(nn.Module):
             encoded: [P, D] encoder outputs. targets: [P, D] and rows: [R, D] table rows of the targets
                 and of `negatives.ids`. target_ids: int64 [P].
         """
+        seen_bias = self.seen_bias()
         queries = self.query_vectors(encoded) / self.config.temperature
         logits = (queries * self.item_vectors(targets)).sum(-1)
         if negatives.target_log_q is not None:
             logits = logits - negatives.target_log_q
+        if seen_bias is not None:
+            assert negatives.is_target_seen is not None, "NegativeSampler.with_seen comes first"
+            logits = logits + seen_bias * negatives.is_target_seen
         candidates = self.item_vectors(rows)
-        return _SoftmaxLoss.apply(
-            queries, logits, candidates, target_ids, negatives, self._is_bounded
+        return SoftmaxLoss.apply(
+            queries, logits, candidates, target_ids, negatives, seen_bias, self._is_bounded
         )
 
 
@@ -207,111 +199,3 @@ class _Unit(torch.autograd.Function):
         unit, norm = ctx.saved_tensors
         along = torch.linalg.vecdot(grads[0], unit).unsqueeze(-1)
         return torch.addcmul(grads[0], unit, along, value=-1).div_(norm)
-
-
-class _SoftmaxLoss(torch.autograd.Function):
-    """sum_p log(exp(t_p) + sum_{r: id_r != target_p} exp(q_p . c_r + w_r)) - t_p, a scalar.
-
-    queries q [P, D], target_logits t [P], candidates c [R, D], target_ids int64 [P]; no gradient of w.
-    `is_bounded`: see MAX_BOUNDED_SCORE2. All gradients, of the sum of all ranks' losses, are made in forward.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        queries, target_logits, candidates, target_ids, negatives, is_bounded = inputs
-        mine = slice(0, len(queries))
-        if negatives.is_divided:
-            queries, target_logits, target_ids, mine = _gather(queries, target_logits, target_ids)
-        hits = _places(target_ids, negatives.ids)
-        # Logits of base 2 from here on: torch's CPU exp2 takes 0.6 of the time of exp.
-        scaled, targets2 = queries * LOG2_E, target_logits * LOG2_E
-        weights2 = None if negatives.log_weights is None else negatives.log_weights * LOG2_E
-        losses, grad_targets = torch.empty_like(target_logits), torch.empty_like(target_logits)
-        grad_queries = torch.zeros_like(queries)
-        grad_candidates = torch.zeros_like(candidates)
-        # As many chunks on every rank, because each ends with a collective when divided.
-        width = max(len(candidates), negatives.largest_part, 1)
-        num_chunks = math.ceil(len(queries) * width / CHUNK_LOGITS[queries.device.type])
-        size = math.ceil(len(queries) / max(num_chunks, 1)) or 1
-        block = queries.new_empty(min(size, len(queries)) * len(candidates))
-        for begin in range(0, len(queries), size):
-            part = slice(begin, begin + size)
-            target, top, query = targets2[part], torch.zeros_like(targets2[part]), queries[part]
-            logits = _tiles(scaled[part], candidates, weights2, hits[part], block)
-            if not is_bounded:
-                logits = list(logits)
-                top = torch.stack([target, *(tile.amax(1) for _, tile in logits)]).amax(0)
-                if negatives.is_divided:
-                    distributed.all_reduce_max(top)
-                logits = [(at, tile.sub_(top[:, None])) for at, tile in logits]
-            # When bounded, each tile is exponentiated as soon as it is made, while it is in cache.
-            exponentials = [(at, tile, tile.exp2_().sum(1)) for at, tile in logits]
-            total = sum((s for *_, s in exponentials), torch.zeros_like(top))
-            if negatives.is_divided:
-                distributed.all_reduce_sum(total)
-            target_weight = (target - top).exp2_()
-            total += target_weight
-            losses[part] = total.log2() + (top - target)
-            grad_targets[part] = target_weight.div_(total).sub_(1)
-            query = query / total[:, None]
-            for at, tile, _ in exponentials:
-                grad_queries[part].addmm_(tile, candidates[at])
-                grad_candidates[at].addmm_(tile.T, query)
-            grad_queries[part] /= total[:, None]
-        if negatives.is_divided:
-            distributed.all_reduce_sum(grad_queries)
-        ctx.save_for_backward(grad_queries[mine], grad_targets[mine], grad_candidates)
-        return losses[mine].sum() / LOG2_E
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (grad,) = grads
-        return (*(saved * grad for saved in ctx.saved_tensors), None, None, None)
-
-
-def _tiles(
-    queries: Tensor, candidates: Tensor, weights: Tensor | None, hits: Tensor, block: Tensor
-) -> Iterator[tuple[slice, Tensor]]:
-    """Tiles [n, t] of the logits q . c + w, views of `block`, and which candidates each is of.
-
-    queries [n, D], candidates [R, D], weights [R]. Entry (p, hits_p) is -inf, where p's target itself was
-    drawn (hits_p >= 0), so that it is no negative of its own.
-    """
-    size, limit = len(queries) * len(candidates), TILE_LOGITS[queries.device.type]
-    # As wide as each other, and not so narrow that the products become slow.
-    num_tiles = max(min(math.ceil(size / limit), len(candidates) // MIN_TILE_WIDTH), 1)
-    width = math.ceil(len(candidates) / num_tiles) or 1
-    bounds = [*range(0, len(candidates), width), len(candidates)]
-    hits, order = hits.sort()
-    edges = torch.searchsorted(hits, torch.tensor(bounds, device=hits.device)).tolist()
-    for (begin, end), hit in zip(pairwise(bounds), pairwise(edges), strict=True):
-        tile = block[begin * len(queries) : end * len(queries)].view(len(queries), -1)
-        torch.mm(queries, candidates[begin:end].T, out=tile)
-        if weights is not None:
-            tile += weights[begin:end]
-        if hit[0] < hit[1]:
-            tile[order[slice(*hit)], hits[slice(*hit)] - begin] = -torch.inf
-        yield slice(begin, end), tile
-
-
-def _places(target_ids: Tensor, ids: Tensor) -> Tensor:
-    """int64 [P]: the place of each target among the distinct sorted `ids`, or -1."""
-    if not len(ids):
-        return torch.full_like(target_ids, -1)
-    place = torch.searchsorted(ids, target_ids).clamp_(max=len(ids) - 1)
-    return torch.where(ids[place] == target_ids, place, -1)
-
-
-def _gather(
-    queries: Tensor, target_logits: Tensor, target_ids: Tensor
-) -> tuple[Tensor, Tensor, Tensor, slice]:
-    """The positions of all ranks, and which of them are this rank's."""
-    columns = (queries, target_logits[:, None], target_ids[:, None].view(queries.dtype))
-    packed, mine = distributed.all_gather_placed(torch.cat(columns, dim=1))
-    queries, target_logits, target_ids = packed.split([part.shape[1] for part in columns], dim=1)
-    return (
-        queries.contiguous(),
-        target_logits[:, 0].contiguous(),
-        target_ids.contiguous().view(torch.int64)[:, 0],
-        mine,
-    )

@@ -9,8 +9,9 @@ from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.distributed import on_device
 from hstu_rec.encoder import HSTUEncoder
 from hstu_rec.item_table import SentIds
-from hstu_rec.loss import Negatives, SampledSoftmax
+from hstu_rec.loss import SampledSoftmax
 from hstu_rec.ops import JaggedLayout
+from hstu_rec.softmax import Negatives
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.data.stream import TrainStream
 from hstu_rec.encoder import HSTUEncoder
 from hstu_rec.item_table import ItemTable, SentIds
-from hstu_rec.loss import Negatives, NegativeSampler
+from hstu_rec.loss import NegativeSampler, with_seen
 from hstu_rec.model import Lookup
 from hstu_rec.ops import JaggedLayout
+from hstu_rec.softmax import Negatives
 
 
 class Place(NamedTuple):
@@ -101,6 +102,9 @@ class InputPipeline:
     def _make(self, place: Place) -> StepInput:
         batch = self._stream.batch(place.epoch, place.batch)
         negatives = self._sampler.draw(place.step, batch.target_ids)
+        if self._sampler.config.use_seen_bias:
+            of_all = self._stream.batch(place.epoch, place.batch, of_all_ranks=True)
+            negatives = with_seen(negatives, batch, of_all)
         layout = self._encoder.layout(batch.offsets, batch.timestamps, batch.next_timestamps)
         return StepInput(batch, negatives, Lookup.of(batch, negatives), layout)
 

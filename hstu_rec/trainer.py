@@ -141,7 +141,9 @@ def _validate(
     progress.num_without_gain = 0 if is_better else progress.num_without_gain + 1
     if is_better:
         progress.best, progress.best_epoch = value, progress.epoch
-    tracker.log("valid", progress.step, {"epoch": progress.epoch, **flat})
+    bias = learner.loss.seen_bias()
+    learned = {} if bias is None else {"seen_bias": float(bias.detach())}
+    tracker.log("valid", progress.step, {"epoch": progress.epoch, **flat, **learned})
     tracker.say(
         f"epoch {progress.epoch:3d}  step {progress.step}  valid {config.train.select} {value:.4f}"
         f"  best {progress.best:.4f} (epoch {progress.best_epoch})  train {progress.train_s:.0f} s"

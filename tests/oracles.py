@@ -18,17 +18,20 @@ def exact_score(left: np.ndarray, right: np.ndarray) -> float:
 
 
 def ranks(
-    items: np.ndarray, queries: np.ndarray, targets: np.ndarray, seen: Sequence[Sequence[int]]
+    items: np.ndarray,
+    queries: np.ndarray,
+    targets: np.ndarray,
+    seen: Sequence[Sequence[int]],
+    seen_score: float = 0.0,
 ) -> tuple[list[int], list[int]]:
     """(ranks with seen items allowed, with seen items masked) of each query's target."""
     allowed, masked = [], []
     for query, target, history in zip(queries, targets, seen, strict=True):
-        own = exact_score(query, items[target])
-        above = {
-            item
+        scores = [
+            exact_score(query, items[item]) + (seen_score if item in history else 0.0)
             for item in range(len(items))
-            if item != target and exact_score(query, items[item]) >= own
-        }
+        ]
+        above = {i for i, score in enumerate(scores) if i != target and score >= scores[target]}
         allowed.append(len(above))
         masked.append(len(above - set(history)))
     return allowed, masked

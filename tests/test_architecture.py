@@ -20,7 +20,8 @@ LAYERS = [
     {"evaluator"},
     {"model", "hstu", "co_occurrence"},
     {"encoder", "loss", "item_table"},
-    {"data", "ops"},
+    {"seen"},
+    {"softmax", "data", "ops"},
     {"checkpoint", "tracking"},
     {"distributed", "versions"},
 ]

@@ -23,15 +23,16 @@ def make_queries(items, vectors, targets, seen=None):
     return Queries(vectors, items[targets], targets, *jagged(seen or [[]] * len(targets)))
 
 
-def ranks_of(items, vectors, targets, seen=None, chunk_items=7):
+def ranks_of(items, vectors, targets, seen=None, chunk_items=7, seen_score=0.0):
     queries = make_queries(items, vectors, targets, seen)
-    allowed, masked = rank_targets(queries, ItemShard(items, 0, len(items)), chunk_items)
+    shard = ItemShard(items, 0, len(items))
+    allowed, masked = rank_targets(queries, shard, chunk_items, seen_score)
     return allowed.tolist(), masked.tolist()
 
 
-def oracle(items, vectors, targets, seen=None):
+def oracle(items, vectors, targets, seen=None, seen_score=0.0):
     seen = seen or [[]] * len(targets)
-    return oracles.ranks(items.numpy(), vectors.numpy(), np.asarray(targets), seen)
+    return oracles.ranks(items.numpy(), vectors.numpy(), np.asarray(targets), seen, seen_score)
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -118,8 +119,9 @@ def test_ranks_equal_the_slow_formula(data):
     targets = data.draw(st.lists(item, min_size=num_queries, max_size=num_queries))
     seen = [data.draw(st.lists(item, max_size=8)) for _ in targets]
     chunk_items = data.draw(st.integers(1, 30))
-    assert ranks_of(items, vectors, targets, seen, chunk_items) == oracle(
-        items, vectors, targets, seen
+    seen_score = data.draw(st.one_of(st.sampled_from([0.0, 1.0, -1.0]), st.floats(-50, 50)))
+    assert ranks_of(items, vectors, targets, seen, chunk_items, seen_score) == oracle(
+        items, vectors, targets, seen, seen_score
     )
 
 
@@ -155,6 +157,25 @@ def test_ids_outside_the_catalogue_are_an_error_that_names_them(bad, is_target):
     queries = Queries(items[:1], items[:1], ids, seen, offsets)
     with pytest.raises(ValueError, match=rf"outside the catalogue 0\.\.19.*\[{bad}\]"):
         rank_targets(queries, ItemShard(items, 0, 20), 7)
+
+
+def test_the_seen_score_is_added_to_seen_items_and_to_a_seen_target():
+    items = torch.tensor([[5.0], [4.0], [3.0], [2.0]])
+    seen = [[0, 1], [0, 2], [3, 3]]
+    queries = [2, 2, 2]
+    assert ranks_of(items, torch.ones(3, 1), queries, seen) == ([2, 2, 2], [0, 1, 2])
+    # 5 and 4 fall below 3; 5 falls below 4 as the target falls to 1; 2 rises past 3.
+    assert ranks_of(items, torch.ones(3, 1), queries, seen, seen_score=-3.0) == (
+        [0, 3, 2],
+        [0, 2, 2],
+    )
+    assert ranks_of(items, torch.ones(3, 1), queries, seen, seen_score=1.5)[0] == [2, 1, 3]
+
+
+def test_a_seen_score_that_is_not_finite_is_an_error():
+    items = normal(20, 4)
+    with pytest.raises(FloatingPointError, match="NaN or infinity"):
+        ranks_of(items, items[:2], [0, 1], seen_score=float("nan"))
 
 
 def test_no_query_and_no_row_give_no_rank_and_no_count():

@@ -86,13 +86,12 @@ class TrainStream:
         """Trained positions of an epoch, over all ranks."""
         return int(self.positions[self.users].sum())
 
-    def batch(self, epoch: int, step: int) -> SequenceBatch:
-        """This rank's part of a global batch; it may be empty."""
+    def batch(self, epoch: int, step: int, of_all_ranks: bool = False) -> SequenceBatch:
+        """This rank's part of a global batch, which may be empty, or the parts of all, by rank."""
         order, bounds = self._epoch_plan(epoch)
         everyone = order[bounds[step] : bounds[step + 1]]
-        users = deal(everyone, self.positions[everyone], distributed.world_size())[
-            distributed.rank()
-        ]
+        parts = deal(everyone, self.positions[everyone], distributed.world_size())
+        users = np.concatenate(parts) if of_all_ranks else parts[distributed.rank()]
         ends = self.dataset.train_ends[users]
         begins = ends - 1 - self.positions[users]
         items, times, offsets = self.dataset.gather(users, begins, ends)

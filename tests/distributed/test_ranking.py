@@ -1,5 +1,7 @@
 """Exact ranking at 1 to 4 ranks: equal integers everywhere, equal to the slow formula; errors together."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tests.ranks import run_ranks
 KS = [1, 5, 20]
 DIM = 19
 CHUNKS = (1, 6, 1000)
+SEEN_SCORES = (0.0, -0.7)
 # name: (items, queries); with 5 items on 4 ranks the last rank owns no row.
 SIZES = {
     "ordinary": (83, 17),
@@ -110,11 +113,11 @@ def rank_everything(dataset_path):
         case = make_case(name)
         for way, bounds in enumerate(query_bounds(len(case[1]))):
             queries, shard = my_part(case, bounds)
-            for chunk_items in CHUNKS:
-                allowed, masked = rank_targets(queries, shard, chunk_items)
+            for chunk_items, seen_score in product(CHUNKS, SEEN_SCORES):
+                allowed, masked = rank_targets(queries, shard, chunk_items, seen_score)
                 assert allowed.dtype == masked.dtype == torch.int64
-                parts[name, way, chunk_items] = allowed.tolist(), masked.tolist()
-            masked = torch.tensor(parts[name, way, 1000][1], dtype=torch.int64)
+                parts[name, way, chunk_items, seen_score] = allowed.tolist(), masked.tolist()
+            masked = torch.tensor(parts[name, way, 1000, 0.0][1], dtype=torch.int64)
             metrics[name, way] = rank_metrics(masked, KS)
     empty, shard = my_part(make_case("ordinary"), [0] * (distributed.world_size() + 1))
     return {
@@ -141,13 +144,14 @@ def found(request, dataset):
 
 def test_ranks_equal_the_slow_formula_for_any_ranks_shards_and_chunks(found):
     for name in SIZES:
-        expected = oracles.ranks(*make_case(name))
-        for way in range(3):
-            for chunk_items in CHUNKS:
-                by_rank = [result["parts"][name, way, chunk_items] for result in found]
+        for seen_score in SEEN_SCORES:
+            expected = oracles.ranks(*make_case(name), seen_score)
+            for way, chunk_items in product(range(3), CHUNKS):
+                key = (name, way, chunk_items, seen_score)
+                by_rank = [result["parts"][key] for result in found]
                 for which in range(2):
                     together = [value for part in by_rank for value in part[which]]
-                    assert together == expected[which], (name, way, chunk_items)
+                    assert together == expected[which], key
 
 
 def test_a_rank_without_rows_takes_part(found):
@@ -158,7 +162,7 @@ def test_a_rank_without_rows_takes_part(found):
 
 def test_a_table_of_equal_rows_is_never_a_hit(found):
     for chunk_items in CHUNKS:
-        by_rank = [result["parts"]["all equal", 0, chunk_items][0] for result in found]
+        by_rank = [result["parts"]["all equal", 0, chunk_items, 0.0][0] for result in found]
         assert [rank for part in by_rank for rank in part] == [36] * 6
 
 

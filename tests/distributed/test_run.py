@@ -30,10 +30,11 @@ def train_once(data: Path, folder: Path, *settings: str):
     """result.json's content of a small run with dropout, a decaying rate and validation every epoch."""
     small = ["encoder.dim=8", "encoder.max_history_len=9", "encoder.dropout=0.3"]
     steps = ["data.batch_users=8", "optim.schedule=cosine", "loss.num_negatives=12"]
+    learned = ["loss.use_seen_bias=true"]
     often = ["train.eval_every_epochs=1", "train.patience=0", "train.log_every_steps=1"]
     paths = [f"data.path={data}", f"train.run_dir={folder}", "train.device=cpu"]
     length = [f"train.max_epochs={NUM_EPOCHS}"]
-    return train(load(RunConfig, [*small, *steps, *often, *paths, *length, *settings]))
+    return train(load(RunConfig, [*small, *steps, *learned, *often, *paths, *length, *settings]))
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +94,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(data, run):
     assert measured(resumed) == measured(result)
     losses = train_losses(folder)
     assert len(before) == len(losses) // 2
-    assert losses == train_losses(
-        whole
-    )  # to the last bit: dense moments, row moments, dropout, order
+    # To the last bit: dense moments, row moments, dropout, order.
+    assert losses == train_losses(whole)
 
 
 def test_a_stopped_run_goes_on_with_another_number_of_ranks(data):

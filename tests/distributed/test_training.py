@@ -1,6 +1,7 @@
 """Sharded training against an unsharded plain-torch model: the same losses, the same weights."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -44,6 +45,24 @@ SETTINGS = {
         "encoder.calendar=day",
         "table.init=co_occurrence",
     ],
+    "all, seen bias, rare ranks without users": [
+        "loss.negatives=all",
+        "loss.use_seen_bias=true",
+        "data.batch_users=2",
+    ],
+    "mixed, seen bias": [
+        "loss.negatives=mixed",
+        "loss.num_negatives=30",
+        "loss.use_logq=true",
+        "loss.use_seen_bias=true",
+        "optim.weight_decay=0.1",
+    ],
+    "in_batch, seen bias, dot": [
+        "loss.negatives=in_batch",
+        "loss.use_seen_bias=true",
+        "loss.similarity=dot",
+        "loss.temperature=1",
+    ],
     "frequency, sgd, cosine": [
         "loss.negatives=frequency",
         "loss.num_negatives=20",
@@ -79,12 +98,17 @@ def make_data(path):
     write_dataset(path, items, times, num_items=NUM_ITEMS)
 
 
+def dense_state(learner):
+    """The encoder's tensors, and the loss's."""
+    return learner.encoder.state_dict() | learner.loss.state_dict()
+
+
 def train_sharded(path, settings):
     """(losses, item table, encoder, initial table, initial encoder) as one of several ranks sees them."""
     config = make_config(path, settings)
     learner = Learner(config, Dataset(path), torch.device("cpu"))
     learner.begin()
-    encoder = {name: value.clone() for name, value in learner.encoder.state_dict().items()}
+    encoder = {name: value.clone() for name, value in dense_state(learner).items()}
     table = [(rows.clone().numpy(), first) for rows, first in local_shards(learner.model)]
     losses, step = [], 0
     for epoch in range(9):
@@ -94,7 +118,7 @@ def train_sharded(path, settings):
                 step += 1
     final = [(rows.numpy(), first) for rows, first in local_shards(learner.model)]
     as_numpy = {name: value.numpy() for name, value in encoder.items()}
-    trained = {name: value.numpy() for name, value in learner.encoder.state_dict().items()}
+    trained = {name: value.numpy() for name, value in dense_state(learner).items()}
     return losses, table, final, as_numpy, trained
 
 
@@ -125,6 +149,15 @@ def plain_encoder(weights, x, times, next_times, config):
     return x
 
 
+def is_seen(batch):
+    """float64 [T, N]: 1 where the item is in the history of the position."""
+    seen = torch.zeros(len(batch.item_ids), NUM_ITEMS, dtype=torch.float64)
+    for begin, end in pairwise(batch.offsets.tolist()):
+        for position in range(begin, end):
+            seen[position, batch.item_ids[begin : position + 1]] = 1
+    return seen
+
+
 def plain_loss(rows, weights, batch, config, log_weights, log_q):
     """Mean loss with every logit written out. log_weights [N]: -inf for items that are no candidate."""
     lengths = batch.offsets.diff()
@@ -137,6 +170,8 @@ def plain_loss(rows, weights, batch, config, log_weights, log_q):
     if config.loss.similarity == "cosine":
         x, rows = F.normalize(x, dim=1), F.normalize(rows, dim=1)
     scores = x @ rows.T / config.loss.temperature
+    if config.loss.use_seen_bias:
+        scores = scores + 10 * torch.tanh(weights["seen_weight"] / 10) * is_seen(batch)
     target = batch.target_ids[:, None]
     own = scores.gather(1, target) - log_q[target]
     others = (scores + log_weights).scatter(1, target, -torch.inf)
@@ -188,7 +223,12 @@ def train_plainly(path, settings, rows, encoder_state):
     rows = torch.from_numpy(rows).double().requires_grad_()
     weights = {n: torch.from_numpy(v).double().requires_grad_() for n, v in encoder_state.items()}
     stream = TrainStream(dataset, config.data, config.encoder.max_history_len, config.train.seed)
-    optimizer = torch.optim.AdamW(weights.values(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0)
+    of_encoder = [weight for name, weight in weights.items() if name != "seen_weight"]
+    optimizer = torch.optim.AdamW(
+        [{"params": of_encoder, "weight_decay": config.optim.weight_decay}], betas=(0.9, 0.98)
+    )
+    if "seen_weight" in weights:
+        optimizer.add_param_group({"params": [weights["seen_weight"]], "weight_decay": 0})
     moment, losses, step = torch.zeros(NUM_ITEMS, 1, dtype=torch.float64), [], 0
     for epoch in range(9):
         for index in range(stream.num_steps(epoch)):
@@ -201,7 +241,8 @@ def train_plainly(path, settings, rows, encoder_state):
             loss.backward()
             nn.utils.clip_grad_norm_(weights.values(), 1.0)
             factor = plain_rate(config, step, stream.num_steps(0))
-            optimizer.param_groups[0]["lr"] = 1e-3 * factor
+            for group, multiple in zip(optimizer.param_groups, (1, 10), strict=False):
+                group["lr"] = 1e-3 * factor * multiple
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
