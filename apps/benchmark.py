@@ -2,10 +2,11 @@
 
     python apps/benchmark.py step [CONFIG.yaml ...] [key=value ...]     jagged histories, and the same padded
     python apps/benchmark.py epoch [CONFIG.yaml ...] [key=value ...]    whole epochs, without validation
+    python apps/benchmark.py curve [CONFIG.yaml ...] [key=value ...]    test figures after every epoch
     python apps/benchmark.py quality RECIPE.yaml ... [quality.key=value ...] [key=value ...]
 
-torchrun and torchx launch step and epoch on several ranks, as they do apps/train.py. quality trains every
-recipe with several seeds, in processes that it launches itself, and writes quality.md, quality.json and
+torchrun and torchx launch step, epoch and curve on several ranks, as they do apps/train.py. quality trains
+every recipe with several seeds, in processes that it launches itself, and writes quality.md, quality.json and
 quality.png: mean and deviation over seeds beside published figures and baselines. Runs that are done are not
 run again. quality.* are its own settings; every other key=value is given to all runs. `help` lists its keys.
 """
@@ -14,12 +15,12 @@ import sys
 from datetime import date
 
 from hstu_rec import distributed
-from hstu_rec.benchmark import compare_steps, time_epochs
+from hstu_rec.benchmark import compare_steps, figures_by_epoch, time_epochs
 from hstu_rec.config import RunConfig, help_text, load, run_app
 from hstu_rec.quality import QualitySettings, quality
 from hstu_rec.versions import versions
 
-TIMES = {"step": compare_steps, "epoch": time_epochs}
+TIMES = {"step": compare_steps, "epoch": time_epochs, "curve": figures_by_epoch}
 
 
 def main(arguments: list[str]) -> None:
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> None:
         time_training(measure, options)
     else:
         raise ValueError(
-            f"give what to measure, step, epoch or quality; got {measure or 'nothing'}: "
+            f"give what to measure, step, epoch, curve or quality; got {measure or 'nothing'}: "
             "python apps/benchmark.py step [CONFIG.yaml ...] [key=value ...]"
         )
 

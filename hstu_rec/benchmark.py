@@ -1,4 +1,5 @@
-"""Times of training steps: whole epochs, and jagged histories beside the same padded."""
+"""Times of training: steps on jagged histories beside the same padded, whole epochs, and how soon a test
+figure is reached."""
 
 import statistics
 import time
@@ -12,6 +13,7 @@ from hstu_rec.config import RunConfig
 from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.stream import TrainStream
+from hstu_rec.evaluator import evaluate
 from hstu_rec.learner import Learner
 
 NUM_STEPS = 30
@@ -40,12 +42,12 @@ class PaddedStream(TrainStream):
         return padded(super().batch(epoch, step, of_all_ranks), self.max_history_len)
 
 
-def step_times(learner: Learner, epoch: int, num_steps: int) -> list[float]:
-    """Seconds of each of the first steps of an epoch. Collective."""
+def step_times(learner: Learner, epoch: int, num_steps: int, before: int = 0) -> list[float]:
+    """Seconds of each of the first steps of an epoch, which `before` steps came before. Collective."""
     times = []
     for index in range(num_steps):
         began_at = time.perf_counter()
-        learner.step(epoch, index, index)
+        learner.step(epoch, index, before + index)
         if learner.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began_at)
@@ -63,6 +65,29 @@ def compare_steps(config: RunConfig, device: torch.device) -> Iterator[str]:
         medians[name] = statistics.median(times)
         ratio = f"  ({medians[name] / medians['jagged']:.1f} times)" if len(medians) > 1 else ""
         yield f"{name}  {medians[name] * 1e3:8.1f} ms a step{ratio}"
+
+
+def figures_by_epoch(config: RunConfig, device: torch.device) -> Iterator[str]:
+    """Lines of a table: seconds of training after each epoch, and the test figures then. Collective.
+
+    It tells how soon a figure is reached. Settings and epochs are chosen on validation, by train.
+    """
+    if 10 not in config.eval.ks:
+        raise ValueError(f"eval.ks must hold 10, which is shown; got {config.eval.ks}")
+    dataset = Dataset(config.data.path)
+    learner, spent, step = Learner(config, dataset, device), 0.0, 0
+    learner.begin()
+    for epoch in range(config.train.max_epochs):
+        learner.model.train()
+        times = step_times(learner, epoch, learner.stream.num_steps(epoch), step)
+        spent, step = spent + sum(times), step + len(times)
+        metrics = evaluate(learner.model, dataset, "test", config.eval, device)
+        figures = (
+            f"{part.removeprefix('seen_')} "
+            + " ".join(f"{name} {metrics[part][name]:.4f}" for name in ("recall@10", "ndcg@10"))
+            for part in ("seen_allowed", "seen_masked")
+        )
+        yield f"epoch {epoch + 1:3d}  {spent:8.1f} s  test, seen items {', '.join(figures)}"
 
 
 def time_epochs(config: RunConfig, device: torch.device) -> Iterator[str]:
