@@ -51,6 +51,8 @@ class QualityConfig:
 
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     """Seeds that every recipe is trained with."""
+    variants: list[str] = field(default_factory=list)
+    """Changes that every recipe is also trained with, each alone: key=value, or several with spaces."""
     folder: str = "runs/quality"
     """Folder of the runs, quality.md, quality.json and quality.png."""
     processes: int = 0
@@ -65,6 +67,8 @@ class QualityConfig:
         found = []
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             found.append(f"seeds must be distinct numbers, one at least; got {list(self.seeds)}")
+        if len(set(self.variants)) != len(self.variants) or "" in self.variants:
+            found.append(f"variants must be distinct and not empty; got {list(self.variants)}")
         if outside := [seed for seed in self.seeds if not 0 <= seed < 2**32]:
             found.append(f"seeds must be in 0..{2**32 - 1}; got {outside}")
         if not self.folder:
@@ -88,6 +92,7 @@ class Recipe:
     """A YAML file, resolved with the overrides of all runs; equal to itself alone."""
 
     file: str
+    variant: str  # of quality.variants, or ""
     config: RunConfig
     facts: dict[str, Any]  # of the data, as a result's protocol.data has them
     folder: Path
@@ -95,7 +100,7 @@ class Recipe:
     @property
     def name(self) -> str:
         """What the recipe is called in tables."""
-        return Path(self.file).stem
+        return ", ".join(filter(None, [Path(self.file).stem, self.variant]))
 
 
 @dataclass(frozen=True)
@@ -152,12 +157,15 @@ def planned(arguments: Sequence[str]) -> tuple[QualityConfig, list[Recipe]]:
         raise ValueError(
             "give at least one recipe: python apps/benchmark.py quality configs/beauty.yaml"
         )
-    problems, recipes = list(_argument_problems(files, shared)), []
-    for file in files if not problems else []:
+    problems = list(_argument_problems(files, [*shared, *" ".join(settings.variants).split()]))
+    recipes: list[Recipe] = []
+    wanted = [(file, variant) for file in files for variant in ("", *settings.variants)]
+    for file, variant in wanted if not problems else []:
         try:
-            recipes.append(_recipe(file, shared, Path(settings.folder)))
+            recipes.append(_recipe(file, variant, shared, Path(settings.folder)))
         except (ValueError, FileNotFoundError) as error:
-            problems.append(f"{file}: {error}")
+            problems.append(f"{' '.join(filter(None, [file, variant]))}: {error}")
+    problems += _equal_recipes(recipes)
     if problems:
         raise ValueError("no run was started:\n  " + "\n  ".join(problems))
     return settings, recipes
@@ -176,9 +184,18 @@ def _argument_problems(files: Sequence[str], shared: Sequence[str]) -> Iterator[
             yield f"unknown key '{key}'; did you mean 'quality.{key}'?"
 
 
-def _recipe(file: str, shared: Sequence[str], folder: Path) -> Recipe:
+def _equal_recipes(recipes: Sequence[Recipe]) -> Iterator[str]:
+    """Recipes that would be the same runs: a variant that changes nothing."""
+    by_folder: dict[Path, str] = {}
+    for recipe in recipes:
+        first = by_folder.setdefault(recipe.folder, recipe.name)
+        if first != recipe.name:
+            yield f"'{recipe.name}' has the same settings as '{first}'; leave one of them out"
+
+
+def _recipe(file: str, variant: str, shared: Sequence[str], folder: Path) -> Recipe:
     """The recipe with its data looked at, and the folder that its digest names."""
-    config = load(RunConfig, [file, *shared])
+    config = load(RunConfig, [file, *shared, *variant.split()])
     if 10 not in config.eval.ks:
         raise ValueError(f"eval.ks must hold 10, which tables compare; got {config.eval.ks}")
     prepare_if_demo(config.data.path)
@@ -186,7 +203,7 @@ def _recipe(file: str, shared: Sequence[str], folder: Path) -> Recipe:
     config, facts = resolved(config, dataset), _identity_of_data(dataset.facts)
     content = json.dumps([_identity(config), facts], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
-    return Recipe(file, config, facts, folder / f"{Path(file).stem}-{digest}")
+    return Recipe(file, variant, config, facts, folder / f"{Path(file).stem}-{digest}")
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:

@@ -227,6 +227,21 @@ def test_another_configuration_or_other_data_runs_again_elsewhere(
     assert calls(tmp_path) == ["1", "1", "1"]
 
 
+def test_every_variant_is_a_row_of_its_own_beside_the_recipe(
+    tmp_path: Path, recipe: str, measure: Callable[..., bool]
+) -> None:
+    gate, both = "encoder.use_gate=false", "encoder.attention=softmax encoder.dropout=0.1"
+    assert measure(recipe, "quality.seeds=[4]", f"quality.variants=['{gate}', '{both}']")
+    assert calls(tmp_path) == ["4"] * 3
+    content = json.loads((tmp_path / "out" / "quality.json").read_text())
+    changes = {one["name"]: one["changes"] for one in content["recipes"]}
+    assert list(changes) == ["tiny", f"tiny, {gate}", f"tiny, {both}"]
+    shared = changes["tiny"]
+    assert changes[f"tiny, {gate}"] == shared | {"encoder.use_gate": False}
+    softmax = {"encoder.attention": "softmax", "encoder.dropout": 0.1}
+    assert changes[f"tiny, {both}"] == shared | softmax
+
+
 def test_a_stopped_run_goes_on_in_its_folder(
     tmp_path: Path, recipe: str, measure: Callable[..., bool]
 ) -> None:
@@ -323,6 +338,13 @@ def test_what_ends_the_measure_ends_its_runs(
         (["{recipe}", "optm.lr=1"], r"tiny.yaml: .*\s.*'optm.lr'; did you mean 'optim.lr'"),
         (["{recipe}", "eval.ks=[5]"], r"tiny.yaml: .*\s.*train.select must be"),
         (["{recipe}", "eval.ks=[5]", "train.select=seen_masked/mrr"], "eval.ks must hold 10"),
+        (
+            ["{recipe}", "quality.variants=[encoder.dim=64]"],
+            "'tiny, encoder.dim=64' has the same settings as 'tiny'; leave one of them out",
+        ),
+        (["{recipe}", "quality.variants=['']"], "variants must be distinct and not empty"),
+        (["{recipe}", "quality.variants=[train.seed=3]"], "train.seed is set for every run"),
+        (["{recipe}", "quality.variants=[encoder.dmi=3]"], r"encoder.dmi=3: .*\s.*'encoder.dim'"),
         (["{recipe}", "{recipe}"], "recipes are told apart by the names of their files"),
         (["{recipe}", "data.path=no/data"], "no/data is no prepared dataset"),
         (["{recipe}", "quality.published=no.yaml"], "quality.published 'no.yaml' does not exist"),
