@@ -15,16 +15,19 @@ unexport PYTHONPATH PYTHONHOME
 demo: .venv/.stamp
 	$(BIN)/torchx run -s local_cwd dist.ddp -j 1x2 apps/train.py configs/demo.yaml
 
-test: .venv/.stamp
+test: .venv/.dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/.stamp
-	$(BIN)/pip install -qq --no-deps -r requirements/dev.txt
+types: .venv/.dev
 	$(BIN)/pyright
+
+.venv/.dev: .venv/.stamp requirements/dev.txt
+	$(BIN)/pip install -qq --no-deps -r requirements/dev.txt
+	touch $@
 
 .venv/.stamp: .venv/.pinned pyproject.toml
 	$(BIN)/pip install -qq --no-deps --no-build-isolation -e .

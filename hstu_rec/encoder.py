@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hstu_rec.ops import (
     NUM_TIME_BUCKETS,
+    AttentionKernel,
     AttentionKind,
     JaggedLayout,
     jagged_attention,
@@ -43,6 +44,8 @@ class EncoderConfig:
     """Longest history in events (the newest are kept), and the n that silu attention is divided by."""
     attention: AttentionKind = "silu"
     """silu(q.k + bias) / n (HSTU) or softmax(q.k / sqrt(A) + bias) (SASRec)."""
+    attention_kernel: AttentionKernel = "grouped"
+    """grouped: plain torch, users of like length together. triton: fused, silu attention on CUDA alone."""
     use_gate: bool = True
     """Multiplies the normed attention output by U, and passes the projections through silu."""
     ffn_dim: int = 0
@@ -90,6 +93,11 @@ class EncoderConfig:
             found.append(
                 f"dim must be a multiple of num_heads unless attention_dim and value_dim are given; "
                 f"got {self.dim} and {self.num_heads}"
+            )
+        if self.attention_kernel == "triton" and self.attention != "silu":
+            found.append(
+                "attention_kernel 'triton' has silu attention alone; set attention_kernel=grouped with "
+                f"attention={self.attention}"
             )
         if self.query_time == "next" and not (self.use_time_bias or self.calendar != "none"):
             found.append(
@@ -267,16 +275,14 @@ class HSTUEncoder(nn.Module):
         next_timestamps: Tensor | None = None,
     ) -> JaggedLayout:
         """How the layers cut a batch, from the arguments of `forward`: to make it ahead, on any device."""
-        config = self.config
-        if not config.use_time_bias:
-            return jagged_layout(offsets, config.num_heads)
-        if timestamps is None:
-            raise ValueError("use_time_bias needs timestamps (int64 [T], s)")
-        if config.query_time == "own":
-            return jagged_layout(offsets, config.num_heads, timestamps)
-        if next_timestamps is None:
-            raise ValueError("query_time='next' needs next_timestamps (int64 [T], s)")
-        return jagged_layout(offsets, config.num_heads, timestamps, next_timestamps)
+        config, times = self.config, ()
+        if config.use_time_bias:
+            if timestamps is None:
+                raise ValueError("use_time_bias needs timestamps (int64 [T], s)")
+            if config.query_time == "next" and next_timestamps is None:
+                raise ValueError("query_time='next' needs next_timestamps (int64 [T], s)")
+            times = (timestamps, next_timestamps if config.query_time == "next" else None)
+        return jagged_layout(offsets, config.num_heads, *times, kernel=config.attention_kernel)
 
     def forward(
         self,

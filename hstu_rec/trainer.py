@@ -279,7 +279,7 @@ def _opening(config: RunConfig, dataset: Dataset, learner: Learner, folder: Path
             f"item table {table_mib:.2f} MiB over {distributed.world_size()} ranks",
             f"sharding    {config.table.sharding}, {config.table.optimizer} in the backward pass",
             f"loss        softmax, negatives {loss.negatives}{count}, {loss.similarity}",
-            f"device      {learner.device}, {distributed.world_size()} processes, fp32, attention in "
-            "plain torch grouped by length",
+            f"device      {learner.device}, {distributed.world_size()} processes, fp32, attention kernel "
+            f"{config.encoder.attention_kernel}",
         ]
     )

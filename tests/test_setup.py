@@ -109,8 +109,9 @@ def test_without_a_cpu_build_the_installation_stops_with_a_sentence(
 def test_one_command_makes_the_environment_and_does_the_work(target: str, tmp_path: Path) -> None:
     (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
     (tmp_path / "requirements").mkdir()
-    for name in ("requirements/install.py", "requirements/cpu.txt", "pyproject.toml"):
-        (tmp_path / name).touch()
+    for name in ("install.py", "cpu.txt", "dev.txt"):
+        (tmp_path / "requirements" / name).touch()
+    (tmp_path / "pyproject.toml").touch()
     done = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     steps = ["-m venv --clear .venv", "requirements/install.py", "--no-deps", "touch .venv/.stamp"]

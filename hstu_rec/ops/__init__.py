@@ -1,8 +1,11 @@
 """Jagged attention: one front door, with the slow formula in `reference` and the back ends behind it."""
 
+from typing import Literal, Protocol
+
+import torch
 from torch import Tensor
 
-from hstu_rec.ops.grouped import JaggedLayout, grouped_attention, jagged_layout
+from hstu_rec.ops.grouped import GroupedLayout, grouped_attention, grouped_layout
 from hstu_rec.ops.reference import (
     NUM_TIME_BUCKETS,
     AttentionKind,
@@ -12,6 +15,7 @@ from hstu_rec.ops.reference import (
 
 __all__ = [
     "NUM_TIME_BUCKETS",
+    "AttentionKernel",
     "AttentionKind",
     "JaggedLayout",
     "jagged_attention",
@@ -19,6 +23,35 @@ __all__ = [
     "jagged_layout",
     "time_bucket",
 ]
+
+AttentionKernel = Literal["grouped", "triton"]
+
+
+class JaggedLayout(Protocol):
+    """How a jagged batch is cut for a kernel; `jagged_layout` makes it."""
+
+    def to(self, device: torch.device) -> "JaggedLayout":
+        """The layout on `device`; made on CPU and moved, it costs no wait for the device."""
+        ...
+
+
+def jagged_layout(
+    offsets: Tensor,
+    num_heads: int,
+    timestamps: Tensor | None = None,
+    query_times: Tensor | None = None,
+    kernel: AttentionKernel = "grouped",
+) -> JaggedLayout:
+    """How a batch with int64 `offsets` [B+1] is cut, made once and shared by all layers.
+
+    `timestamps` and `query_times`, int64 [T] in s, are needed for a time bias only.
+    grouped: plain torch on any device. triton: silu attention alone, on a GPU.
+    """
+    if kernel == "grouped":
+        return grouped_layout(offsets, num_heads, timestamps, query_times)
+    from hstu_rec.ops.triton import block_layout
+
+    return block_layout(offsets, timestamps, query_times)
 
 
 def jagged_attention(
@@ -49,16 +82,18 @@ def jagged_attention(
         time_bias: [1, 129] or [H, 129]; needs `timestamps`.
         timestamps: int64 [T], s. query_times: int64 [T], s, what "now" is at each event; the event's
             own time when None.
-        layout: `jagged_layout(offsets, H, timestamps, query_times)`, to share it between layers; the
-            times are not needed beside it.
+        layout: `jagged_layout(offsets, H, timestamps, query_times, kernel)`, to choose the kernel and to
+            share it between layers; the times are not needed beside it.
     """
     if layout is None:
-        if time_bias is not None and timestamps is None:
-            raise ValueError(
-                "time_bias is given without timestamps; pass int64 timestamps [T] in s"
-            )
         times = timestamps if time_bias is not None else None
         layout = jagged_layout(offsets, q.shape[1], times, query_times)
-    return grouped_attention(
-        q, k, v, layout, kind=kind, scale=scale, position_bias=position_bias, time_bias=time_bias
-    )
+    bias = {"position_bias": position_bias, "time_bias": time_bias}
+    if isinstance(layout, GroupedLayout):
+        return grouped_attention(q, k, v, layout, kind=kind, scale=scale, **bias)
+    if kind != "silu":
+        raise ValueError(f"the triton kernel has silu attention alone; got kind '{kind}'")
+    from hstu_rec.ops.triton import BlockLayout, triton_attention
+
+    assert isinstance(layout, BlockLayout), type(layout)
+    return triton_attention(q, k, v, layout, scale=scale, **bias)

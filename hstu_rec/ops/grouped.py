@@ -56,7 +56,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class JaggedLayout:
+class GroupedLayout:
     """How a jagged batch is cut into groups; made once a batch and shared by all layers.
 
     One gather makes all blocks, one gather takes their events back: small batches are bound by the
@@ -76,7 +76,7 @@ class JaggedLayout:
         """[T, H, A] of the rows of all blocks, without padding."""
         return rows.index_select(0, self.restore).unflatten(0, (-1, self.num_heads))
 
-    def to(self, device: torch.device) -> "JaggedLayout":
+    def to(self, device: torch.device) -> "GroupedLayout":
         """The layout on `device`; made on CPU and moved, it costs no wait for the device."""
         return replace(on_device(self, device), groups=[g.to(device) for g in self.groups])
 
@@ -99,12 +99,12 @@ def length_groups(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-def jagged_layout(
+def grouped_layout(
     offsets: Tensor,
     num_heads: int,
     timestamps: Tensor | None = None,
     query_times: Tensor | None = None,
-) -> JaggedLayout:
+) -> GroupedLayout:
     """The layout of a batch with int64 `offsets` [B+1]; times (int64 [T], s) only for a time bias."""
     device = offsets.device
     starts = offsets.cpu()
@@ -138,14 +138,14 @@ def jagged_layout(
     restore = torch.empty(int(starts[-1]) * num_heads, dtype=torch.int64)
     restore[torch.cat(events)] = torch.cat(places)
     gather = torch.cat(gathered)
-    return JaggedLayout(groups, num_heads, gather.to(device), restore.to(device))
+    return GroupedLayout(groups, num_heads, gather.to(device), restore.to(device))
 
 
 def grouped_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout: JaggedLayout,
+    layout: GroupedLayout,
     *,
     kind: AttentionKind,
     scale: float,
@@ -153,6 +153,8 @@ def grouped_attention(
     time_bias: Tensor | None,
 ) -> Tensor:
     """Causal attention [T, H, V]; arguments as in `hstu_rec.ops.jagged_attention`."""
+    if time_bias is not None and any(group.buckets is None for group in layout.groups):
+        raise ValueError("time_bias is given without timestamps; pass int64 timestamps [T] in s")
     return _GroupedAttention.apply(q, k, v, position_bias, time_bias, layout, kind, scale)
 
 

@@ -1,0 +1,277 @@
+"""Jagged silu attention in Triton, with the learned position and time bias computed in the kernel."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from hstu_rec.distributed import on_device
+from hstu_rec.ops.reference import NUM_TIME_BUCKETS
+from hstu_rec.ops.triton_kernels import (
+    HISTOGRAM,
+    Inputs,
+    backward_keys,
+    backward_queries,
+    forward,
+)
+
+# Queries or keys that a program owns, and that it meets at a time: more in half precision, where their
+# tiles still fit the registers (float32 spills from 64 on, on Hopper).
+BLOCKS = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
+# Products of float32 in three passes of TF32: as exact as float32's own, on the tensor cores.
+PRECISION = "tf32x3"
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where the blocks of a jagged batch are, those with the most work first; shared by all layers."""
+
+    block: int
+    offsets: Tensor  # int64 [B+1]
+    query_users: Tensor  # int32 [n]: owner of each block of queries
+    query_begins: Tensor  # int32 [n]: its first event in the history
+    key_users: Tensor  # int32 [n]
+    key_begins: Tensor  # int32 [n]
+    now: Tensor | None  # int32 or int64 [T], s since the user's first event; for a time bias
+    then: Tensor | None  # the same of the events themselves
+
+    def to(self, device: torch.device) -> "BlockLayout":
+        """The layout on `device`; made on CPU and moved, it costs no wait for the device."""
+        return on_device(self, device)
+
+
+def block_layout(
+    offsets: Tensor,
+    timestamps: Tensor | None = None,
+    query_times: Tensor | None = None,
+    block: int = BLOCKS[torch.float32],
+) -> BlockLayout:
+    """The layout of a batch with int64 `offsets` [B+1]; times (int64 [T], s) only for a time bias.
+
+    `block`: events a program owns, 16 at least; BLOCKS has good ones.
+    """
+    device, starts = offsets.device, offsets.cpu()
+    lengths = starts.diff()
+    counts = (lengths + block - 1) // block
+    users = torch.repeat_interleave(torch.arange(len(lengths)), counts)
+    begins = (torch.arange(len(users)) - (counts.cumsum(0) - counts)[users]) * block
+    of_queries = _heaviest_first(users, begins, begins, device)
+    of_keys = _heaviest_first(users, begins, lengths[users] - begins, device)
+    now = then = None
+    if timestamps is not None:
+        now, then = timestamps if query_times is None else query_times, timestamps
+        first = torch.repeat_interleave(starts[:-1], lengths).to(device)
+        now, then = now - timestamps[first], then - timestamps[first]
+        if len(then) and max(int(now.abs().max()), int(then.abs().max())) < 2**30:
+            now, then = now.int(), then.int()
+    return BlockLayout(block, offsets, *of_queries, *of_keys, now, then)
+
+
+def _heaviest_first(
+    users: Tensor, begins: Tensor, work: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Owners and first events of blocks as int32 on `device`: short programs then fill the gaps."""
+    order = torch.argsort(work, descending=True, stable=True)
+    return users[order].int().to(device), begins[order].int().to(device)
+
+
+def triton_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float,
+    position_bias: Tensor | None,
+    time_bias: Tensor | None,
+) -> Tensor:
+    """Causal silu attention [T, H, V]; arguments as in `hstu_rec.ops.jagged_attention`.
+
+    A time difference within float32's rounding of a bucket's edge may fall to the neighbour. Sums of the
+    position bias's gradient are atomic: their last bits vary.
+    """
+    if time_bias is not None and layout.then is None:
+        raise ValueError("time_bias is given without timestamps; pass int64 timestamps [T] in s")
+    bias = position_bias, time_bias
+    blocks = layout.query_users, layout.query_begins, layout.key_users, layout.key_begins
+    times = (layout.now, layout.then) if time_bias is not None else (None, None)
+    return silu_attention(q, k, v, *bias, layout.offsets, *blocks, *times, scale, layout.block)
+
+
+def _inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position_bias: Tensor | None,
+    time_bias: Tensor | None,
+    **others: Any,
+) -> Inputs:
+    """What the kernels read."""
+    tables = position_bias, time_bias
+    return Inputs(
+        q=q,
+        k=k,
+        v=v,
+        position_bias=position_bias,
+        time_bias=time_bias,
+        strides=tuple(x.stride(0) for x in (q, k, v)),
+        head_strides=tuple(x.stride(1) for x in (q, k, v)),
+        bias_strides=tuple(0 if t is None or len(t) == 1 else t.shape[1] for t in tables),
+        num_positions=1 if position_bias is None else position_bias.shape[1],
+        num_heads=q.shape[1],
+        attention_dim=q.shape[2],
+        value_dim=v.shape[2],
+        **others,
+    )
+
+
+def _shape(x: Inputs, block: int) -> dict[str, Any]:
+    """What is known when a kernel is compiled."""
+    a, v = (max(16, triton.next_power_of_2(dim)) for dim in (x.attention_dim, x.value_dim))
+    return {
+        "A": a,
+        "V": v,
+        "N": block,
+        "PRECISION": PRECISION,
+        "num_warps": 8 if max(a, v) > 64 else 4,
+    }
+
+
+@torch.library.custom_op("hstu_rec::silu_attention", mutates_args=())
+def silu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position_bias: Tensor | None,
+    time_bias: Tensor | None,
+    offsets: Tensor,
+    query_users: Tensor,
+    query_begins: Tensor,
+    key_users: Tensor,
+    key_begins: Tensor,
+    now: Tensor | None,
+    then: Tensor | None,
+    scale: float,
+    block: int,
+) -> Tensor:
+    """`triton_attention` with the tensors of its layout, as torch.compile sees it."""
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    position_bias, time_bias = (
+        None if t is None else t.contiguous() for t in (position_bias, time_bias)
+    )
+    out = v.new_empty(v.shape)
+    x = _inputs(
+        q,
+        k,
+        v,
+        position_bias,
+        time_bias,
+        grad_out=None,
+        offsets=offsets,
+        users=query_users,
+        begins=query_begins,
+        now=now,
+        then=then,
+        scale=scale,
+    )
+    if num_programs := len(query_users) * q.shape[1]:
+        forward[(num_programs,)](x, out, **_shape(x, block))
+    return out
+
+
+@torch.library.custom_op("hstu_rec::silu_attention_backward", mutates_args=())
+def silu_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position_bias: Tensor | None,
+    time_bias: Tensor | None,
+    offsets: Tensor,
+    query_users: Tensor,
+    query_begins: Tensor,
+    key_users: Tensor,
+    key_begins: Tensor,
+    now: Tensor | None,
+    then: Tensor | None,
+    scale: float,
+    block: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and of the bias tables, float32; those of no table are empty."""
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    position_bias, time_bias = (
+        None if t is None else t.contiguous() for t in (position_bias, time_bias)
+    )
+    grad_q, grad_k, grad_v = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
+    )
+    num_programs = len(query_users) * q.shape[1]
+    grad_position = q.new_zeros(
+        () if position_bias is None else position_bias.shape, dtype=torch.float32
+    )
+    histograms = q.new_zeros(
+        num_programs if time_bias is not None else 0, HISTOGRAM.value, dtype=torch.float32
+    )
+    x = _inputs(
+        q,
+        k,
+        v,
+        position_bias,
+        time_bias,
+        grad_out=grad_out.contiguous(),
+        offsets=offsets,
+        users=query_users,
+        begins=query_begins,
+        now=now,
+        then=then,
+        scale=scale,
+    )
+    if num_programs:
+        backward_queries[(num_programs,)](x, grad_q, grad_position, histograms, **_shape(x, block))
+        x = x._replace(users=key_users, begins=key_begins)
+        backward_keys[(num_programs,)](x, grad_k, grad_v, **_shape(x, block))
+    by_head = histograms.view(-1, q.shape[1], HISTOGRAM.value)[..., :NUM_TIME_BUCKETS].sum(0)
+    grad_time = by_head if time_bias is None or len(time_bias) > 1 else by_head.sum(0, keepdim=True)
+    return grad_q, grad_k, grad_v, grad_position, grad_time
+
+
+@silu_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+@silu_attention_backward.register_fake
+def _(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position_bias: Tensor | None,
+    time_bias: Tensor | None,
+    *others: Any,
+) -> tuple[Tensor, ...]:
+    of_rows = (x.new_empty(x.shape) for x in (q, k, v))
+    tables = ((() if t is None else t.shape) for t in (position_bias, time_bias))
+    return *of_rows, *(q.new_empty(shape, dtype=torch.float32) for shape in tables)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scale, ctx.block = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    *of_rows, of_position, of_time = silu_attention_backward(
+        grad_out, *tensors, ctx.scale, ctx.block
+    )
+    tables = (
+        None if table is None else grad.to(table.dtype)
+        for table, grad in zip(tensors[3:5], (of_position, of_time), strict=True)
+    )
+    return *of_rows, *tables, *[None] * (len(tensors) - 5 + 2)
+
+
+silu_attention.register_autograd(_gradients, setup_context=_keep)

@@ -1,0 +1,185 @@
+"""The fused kernel against the float64 loop: as exact as plain torch in the same precision.
+
+On a GPU as compiled, elsewhere in Triton's interpreter, which knows no bfloat16 products.
+"""
+
+import pytest
+import torch
+
+from hstu_rec import EncoderConfig, HSTUEncoder
+from hstu_rec.ops import jagged_attention, jagged_attention_reference, jagged_layout
+from hstu_rec.ops.triton import block_layout, silu_attention, triton_attention
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HALVES = [torch.float16, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float16]
+LENGTHS = {
+    "one event": [1],
+    "empty users": [0, 3, 0, 0, 5, 0],
+    "odd": [1, 31, 2, 17, 16, 0, 33],
+    "nobody": [0, 0],
+    "no user": [],
+}
+NAMES = ("q", "k", "v", "position_bias", "time_bias")
+
+
+def make_inputs(lengths, heads=2, attention=5, value=7, bias_rows=1, positions=40):
+    """(float64 inputs by name, offsets, times); q, k and v are views of one tensor, as in a layer."""
+    torch.manual_seed(7)
+    widths = [heads * attention, heads * attention, heads * value]
+    q, k, v = torch.randn(sum(lengths), sum(widths), dtype=torch.float64).split(widths, dim=1)
+    tables = [torch.randn(bias_rows, n, dtype=torch.float64) for n in (positions, 129)]
+    rows = [x.unflatten(1, (heads, -1)) for x in (q, k, v)]
+    times = torch.randint(0, 10**7, (sum(lengths),)).sort().values
+    return (
+        dict(zip(NAMES, (*rows, *tables), strict=True)),
+        torch.tensor([0, *lengths]).cumsum(0),
+        times,
+    )
+
+
+def copied(x, device, dtype):
+    """A leaf of the same strides."""
+    copy = torch.empty_strided(x.shape, x.stride(), device=device, dtype=dtype)
+    return copy.copy_(x).requires_grad_()
+
+
+def results(function, inputs, dtype, device="cpu", **settings):
+    """{"out" or the input whose gradient it is: float64 tensor on CPU}"""
+    leaves = {n: None if x is None else copied(x, device, dtype) for n, x in inputs.items()}
+    out = function(**leaves, **settings)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+    (out * weight.to(device, dtype)).sum().backward()
+    grads = {
+        name: torch.zeros_like(x) if x.grad is None else x.grad
+        for name, x in leaves.items()
+        if x is not None
+    }
+    return {name: x.detach().cpu().double() for name, x in {"out": out, **grads}.items()}
+
+
+def compared(inputs, offsets, times, dtype=torch.float32, block=16):
+    """{name: (what the kernel found, what float64 found, error of plain torch in that precision)}"""
+    query_times = times + 977
+    settings = {"offsets": offsets, "timestamps": times, "query_times": query_times, "scale": 0.3}
+    exact = results(jagged_attention_reference, inputs, torch.float64, kind="silu", **settings)
+    plain = results(jagged_attention, inputs, dtype, **settings)
+    layout = block_layout(offsets, times, query_times, block).to(DEVICE)
+    fused = results(triton_attention, inputs, dtype, DEVICE, layout=layout, scale=0.3)
+    return {name: (fused[name], want, error(plain[name], want)) for name, want in exact.items()}
+
+
+def error(found, expected):
+    """Relative to the size of all."""
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def assert_as_exact_as_plain_torch(found, eps):
+    for name, (fused, exact, error_of_plain) in found.items():
+        assert fused.shape == exact.shape, name
+        assert torch.isfinite(fused).all(), name
+        # A position's gradient is a sum over all pairs, in the order in which programs come.
+        order = 10 if name == "position_bias" else 1
+        assert error(fused, exact) <= 1.5 * error_of_plain + eps * order, name
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that is not written yet holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    "without", [(), NAMES[3:], NAMES[3:4], NAMES[4:]], ids=lambda names: f"no {names}"
+)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_every_result_is_as_exact_as_plain_torch(lengths, without):
+    inputs, offsets, times = make_inputs(lengths)
+    inputs |= dict.fromkeys(without)
+    assert_as_exact_as_plain_torch(compared(inputs, offsets, times), eps=5e-7)
+
+
+@pytest.mark.parametrize(
+    ("heads", "attention", "value", "bias_rows", "positions", "block"),
+    [(3, 16, 32, 3, 200, 32), (1, 33, 8, 1, 9, 16), (2, 64, 64, 2, 17, 64), (4, 1, 1, 1, 1, 16)],
+)
+def test_any_widths_heads_tables_and_blocks(heads, attention, value, bias_rows, positions, block):
+    inputs, offsets, times = make_inputs(
+        LENGTHS["odd"], heads, attention, value, bias_rows, positions
+    )
+    assert_as_exact_as_plain_torch(compared(inputs, offsets, times, block=block), eps=5e-7)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_precision_is_as_exact_as_plain_torch(dtype):
+    inputs, offsets, times = make_inputs(LENGTHS["odd"], attention=32, value=32)
+    # The inputs' own rounding is no error of either.
+    inputs = {name: x.to(dtype).double() for name, x in inputs.items()}
+    assert_as_exact_as_plain_torch(compared(inputs, offsets, times, dtype), eps=1e-5)
+
+
+def copied_into_nan(x, device, dtype):
+    """A leaf within a larger tensor of NaN."""
+    edges = (32, 1, 3)[-x.ndim :]
+    around = torch.full([n + 2 * e for n, e in zip(x.shape, edges, strict=True)], torch.nan)
+    inside = tuple(slice(e, e + n) for n, e in zip(x.shape, edges, strict=True))
+    return around.to(device, dtype)[inside].copy_(x).requires_grad_()
+
+
+def test_what_lies_around_the_inputs_is_not_read(monkeypatch):
+    inputs, offsets, times = make_inputs(LENGTHS["odd"])
+    expected = compared(inputs, offsets, times)
+    monkeypatch.setattr("tests.test_triton.copied", copied_into_nan)
+    found = compared(inputs, offsets, times)
+    for name, (fused, *_) in found.items():
+        torch.testing.assert_close(fused, expected[name][0], rtol=0, atol=0, msg=name)
+
+
+def test_times_far_apart_keep_their_buckets():
+    inputs, offsets, _ = make_inputs([9])
+    times = torch.arange(9) * 2**55
+    assert_as_exact_as_plain_torch(compared(inputs, offsets, times), eps=5e-7)
+
+
+def test_the_operator_keeps_what_torch_compile_asks_of_it():
+    inputs, offsets, times = make_inputs([3, 20])
+    x = block_layout(offsets, times, block=16).to(DEVICE)
+    leaves = [t.to(DEVICE, torch.float32).requires_grad_() for t in inputs.values()]
+    blocks = (x.query_users, x.query_begins, x.key_users, x.key_begins, x.now, x.then)
+    arguments = (*leaves, x.offsets, *blocks, 0.3, 16)
+    torch.library.opcheck(
+        silu_attention,
+        arguments,
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def test_a_time_bias_without_timestamps_is_refused():
+    inputs, offsets, _ = make_inputs([3])
+    layout = jagged_layout(offsets, 2, kernel="triton")
+    with pytest.raises(ValueError, match="without timestamps"):
+        jagged_attention(**inputs, offsets=offsets, scale=1.0, layout=layout)
+    with pytest.raises(ValueError, match="silu attention alone; got kind 'softmax'"):
+        jagged_attention(**inputs, offsets=offsets, scale=1.0, kind="softmax", layout=layout)
+
+
+@pytest.mark.parametrize("query_time", ["own", "next"])
+def test_an_encoder_is_the_same_with_either_kernel(query_time):
+    _, offsets, times = make_inputs(LENGTHS["odd"])
+    x = torch.randn(len(times), 12, device=DEVICE)
+    found = []
+    for kernel in ("grouped", "triton"):
+        torch.manual_seed(1)
+        config = EncoderConfig(
+            dim=12, dropout=0.0, attention_kernel=kernel, query_time=query_time, max_history_len=33
+        )
+        encoder = HSTUEncoder(config).to(DEVICE)
+        layout = encoder.layout(offsets, times, times + 50).to(DEVICE)
+        leaf = x.clone().requires_grad_()
+        encoder(leaf, offsets.to(DEVICE), layout=layout).square().sum().backward()
+        found.append({name: p.grad for name, p in (("x", leaf), *encoder.named_parameters())})
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-5, msg=name)
+        assert grad.abs().max() > 0, name
