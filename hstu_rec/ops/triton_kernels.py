@@ -155,8 +155,8 @@ def _add_time_grads(histogram, grads, bucket, is_seen):
 
 @triton.jit
 def forward(
-    x: Any,
-    out: Any,
+    x: "Any",
+    out: "Any",
     A: tl.constexpr,
     V: tl.constexpr,
     N: tl.constexpr,
@@ -178,10 +178,10 @@ def forward(
 
 @triton.jit
 def backward_queries(
-    x: Any,
-    grad_q: Any,
-    grad_position: Any,
-    grad_time: Any,
+    x: "Any",
+    grad_q: "Any",
+    grad_position: "Any",
+    grad_time: "Any",
     A: tl.constexpr,
     V: tl.constexpr,
     N: tl.constexpr,
@@ -216,9 +216,9 @@ def backward_queries(
 
 @triton.jit
 def backward_keys(
-    x: Any,
-    grad_k: Any,
-    grad_v: Any,
+    x: "Any",
+    grad_k: "Any",
+    grad_v: "Any",
     A: tl.constexpr,
     V: tl.constexpr,
     N: tl.constexpr,
