@@ -27,7 +27,7 @@ MIN_PROBABILITY = 1e-12
 # at most 2**64 / MIN_PROBABILITY = 2**104, and float32's 2**128 leaves room for 2**24 of them; the target's
 # own is at least 2**-64, because log weights and -logQ are not negative.
 MAX_BOUNDED_SCORE2 = 64
-# The seen bias is within +- this, by a tanh: beyond it, a seen item is as good as certain or excluded.
+# The seen bias is within +- this, by a tanh; in cosines, within +- this times the temperature.
 MAX_SEEN_BIAS = 10.0
 
 
@@ -50,8 +50,8 @@ class LossConfig:
     """Scores are divided by this."""
     use_seen_bias: bool = False
     """Learns one number, added to the logits of items of the user's history in training and in
-    evaluation: how much likelier, or less likely, an event is a repeat. Training knows the newest
-    encoder.max_history_len events, evaluation all."""
+    evaluation: how much likelier, or less likely, an event is a repeat. The history is what the encoder is
+    given, the newest encoder.max_history_len events."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
@@ -117,9 +117,10 @@ class NegativeSampler:
         return Negatives(ids, log_weights - self._log_q[ids], self._log_q[target_ids])
 
 
-def with_seen(negatives: Negatives, mine: SequenceBatch, of_all: SequenceBatch) -> Negatives:
-    """`negatives` with what the seen bias needs: this rank's batch, and that of all ranks when divided."""
-    seen = seen_candidates(of_all if negatives.is_divided else mine, negatives.ids)
+def with_seen(negatives: Negatives, mine: SequenceBatch, scored: SequenceBatch) -> Negatives:
+    """`negatives` with what the seen bias needs of this rank's batch and of the one that it scores: its own,
+    or that of all ranks when the candidates are divided."""
+    seen = seen_candidates(scored, negatives.ids)
     return replace(negatives, seen=seen, is_target_seen=seen_targets(mine))
 
 
@@ -176,7 +177,7 @@ class SampledSoftmax(nn.Module):
         if negatives.target_log_q is not None:
             logits = logits - negatives.target_log_q
         if seen_bias is not None:
-            assert negatives.is_target_seen is not None, "NegativeSampler.with_seen comes first"
+            assert negatives.is_target_seen is not None, "with_seen comes first"
             logits = logits + seen_bias * negatives.is_target_seen
         candidates = self.item_vectors(rows)
         return SoftmaxLoss.apply(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hstu_rec import distributed
 from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.data.stream import TrainStream
 from hstu_rec.encoder import HSTUEncoder
@@ -103,7 +104,8 @@ class InputPipeline:
         batch = self._stream.batch(place.epoch, place.batch)
         negatives = self._sampler.draw(place.step, batch.target_ids)
         if self._sampler.config.use_seen_bias:
-            of_all = self._stream.batch(place.epoch, place.batch, of_all_ranks=True)
+            is_shared = negatives.is_divided and distributed.world_size() > 1
+            of_all = self._stream.batch(*place[:2], of_all_ranks=True) if is_shared else batch
             negatives = with_seen(negatives, batch, of_all)
         layout = self._encoder.layout(batch.offsets, batch.timestamps, batch.next_timestamps)
         return StepInput(batch, negatives, Lookup.of(batch, negatives), layout)

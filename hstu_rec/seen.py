@@ -12,22 +12,14 @@ from hstu_rec.softmax import places
 
 
 def seen_candidates(batch: SequenceBatch, ids: Tensor) -> Tensor:
-    """int64 [2, S], in order: every (position of `batch`, place in the distinct sorted `ids`) seen."""
-    place = places(batch.item_ids, ids)
+    """int64 [3, F] (first, end, place), by place: positions first .. end - 1 of `batch` have seen the item
+    at `place` among the distinct sorted `ids`."""
+    place, row = places(batch.item_ids, ids), _rows(batch)
     event = torch.nonzero(place >= 0)[:, 0]
-    row, ends = _rows(batch), batch.offsets[1:]
     # The first of a user's events with each item.
-    _, first = np.unique((row[event] * len(ids) + place[event]).numpy(), return_index=True)
-    event = event[first]
-    counts = ends[row[event]] - event
-    # Event e stands for positions e .. end: one after another, what each is ahead of its event by.
-    ahead = torch.arange(int(counts.sum())) - torch.repeat_interleave(
-        counts.cumsum(0) - counts, counts
-    )
-    position = torch.repeat_interleave(event, counts) + ahead
-    place = torch.repeat_interleave(place[event], counts)
-    order = torch.argsort(position * len(ids) + place)
-    return torch.stack([position, place])[:, order]
+    keys = place[event] * len(batch.offsets) + row[event]
+    event = event[torch.from_numpy(np.unique(keys.numpy(), return_index=True)[1])]
+    return torch.stack([event, batch.offsets[1:][row[event]], place[event]])
 
 
 def seen_targets(batch: SequenceBatch) -> Tensor:
@@ -36,11 +28,9 @@ def seen_targets(batch: SequenceBatch) -> Tensor:
     size = int(torch.cat([batch.item_ids, batch.target_ids]).max()) + 1 if len(row) else 1
     keys, first = np.unique((row * size + batch.item_ids).numpy(), return_index=True)
     place = places(row * size + batch.target_ids, torch.from_numpy(keys))
-    is_found = place >= 0
-    is_found[is_found.clone()] = (
-        torch.from_numpy(first)[place[is_found]] <= torch.nonzero(is_found)[:, 0]
-    )
-    return is_found
+    # Never seen counts as seen after the end.
+    begins = torch.from_numpy(np.append(first, len(row)))[place]
+    return begins <= torch.arange(len(row))
 
 
 def _rows(batch: SequenceBatch) -> Tensor:

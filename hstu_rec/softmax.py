@@ -39,8 +39,8 @@ class Negatives:
     largest_part: int = 0
     """The largest R of all ranks when divided, else 0."""
     seen: Tensor | None = None
-    """int64 [2, S], in order: (position, place in `ids`) of every candidate that the position's history
-    holds, of all ranks' positions when divided; None without seen bias."""
+    """int64 [3, F] (first, end, place), by place: the histories of positions first .. end - 1, of all ranks
+    when divided, hold candidate `place`; None without seen bias."""
     is_target_seen: Tensor | None = None
     """bool [P]: whether a target is in its own history; None without seen bias."""
 
@@ -101,10 +101,11 @@ class SoftmaxLoss(torch.autograd.Function):
             losses[part] = total.log2() + (top - target)
             grad_targets[part] = target_weight.div_(total).sub_(1)
             query = query / total[:, None]
-            for (at, tile, row, column), _ in exponentials:
+            for (at, tile, seen), _ in exponentials:
                 grad_queries[part].addmm_(tile, candidates[at])
                 grad_candidates[at].addmm_(tile.T, query)
-                grad_bias += (tile[row, column] / total[row]).sum()
+                if seen is not None:
+                    grad_bias += (tile[seen] / total[seen[0]]).sum()
             grad_queries[part] /= total[:, None]
         if negatives.is_divided:
             distributed.all_reduce_sum(grad_queries)
@@ -124,8 +125,7 @@ class _Tile(NamedTuple):
 
     candidates: slice
     logits: Tensor  # [n, t]
-    seen_rows: Tensor  # int64 [s]: where the seen bias was added
-    seen_columns: Tensor  # int64 [s]
+    seen: tuple[Tensor, Tensor] | None  # int64 [s], int64 [s]: where the seen bias was added
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class _Scored:
     candidates: Tensor  # [R, D]
     weights: Tensor | None  # [R], times log2(e)
     hits: Tensor  # int64 [n]: the place of each target among the candidates, or -1
-    seen: Tensor  # int64 [2, S], in order: query, place
+    seen: Tensor | None  # int64 [3, F]: see Negatives
     seen_bias: Tensor | None  # times log2(e)
 
     @classmethod
@@ -149,27 +149,26 @@ class _Scored:
         seen_bias: Tensor | None,
     ) -> "_Scored":
         """All queries."""
-        weights, seen = negatives.log_weights, negatives.seen
+        weights = negatives.log_weights
         return cls(
             queries * LOG2_E,
             candidates,
             None if weights is None else weights * LOG2_E,
             places(target_ids, negatives.ids),
-            target_ids.new_empty(2, 0) if seen is None else seen,
+            negatives.seen,
             None if seen_bias is None else seen_bias * LOG2_E,
         )
 
     def chunk(self, begin: int, end: int) -> "_Scored":
-        """Queries begin .. end."""
+        """Queries begin .. end - 1."""
         part, seen = slice(begin, end), self.seen
-        if end - begin < len(self.queries):
-            edges = torch.tensor([begin, end], device=seen.device)
-            seen = seen[:, slice(*torch.searchsorted(seen[0], edges).tolist())]
-            seen = torch.stack([seen[0] - begin, seen[1]])
+        if seen is not None:
+            first, last, place = seen
+            seen = torch.stack([(first - begin).clamp(min=0), last.clamp(max=end) - begin, place])
         return replace(self, queries=self.queries[part], hits=self.hits[part], seen=seen)
 
     def tiles(self, block: Tensor) -> Iterator[_Tile]:
-        """The logits q . c + w, in views of `block`.
+        """The logits q . c + w + b, in views of `block`.
 
         Where a query's target itself was drawn (its hit >= 0) they are -inf, so that it is no negative of
         its own.
@@ -181,25 +180,39 @@ class _Scored:
         num_tiles = max(min(num_tiles, num_candidates // MIN_TILE_WIDTH), 1)
         width = math.ceil(num_candidates / num_tiles) or 1
         bounds = [*range(0, num_candidates, width), num_candidates]
-        hits, row, hit_edges = _by_tile(self.hits, bounds)
-        column, order, seen_edges = _by_tile(self.seen[1], bounds)
-        for begin, end, hit, seen in zip(bounds, bounds[1:], hit_edges, seen_edges, strict=False):
+        hits, row = self.hits.sort()
+        hit_slices = _slices(hits, bounds)
+        seen_slices = (
+            [slice(0)] * len(hit_slices) if self.seen is None else _slices(self.seen[2], bounds)
+        )
+        edges = pairwise(bounds)
+        for (begin, end), hit, part in zip(edges, hit_slices, seen_slices, strict=True):
             tile = block[begin * num_queries : end * num_queries].view(num_queries, -1)
             torch.mm(self.queries, self.candidates[begin:end].T, out=tile)
             if self.weights is not None:
                 tile += self.weights[begin:end]
-            at = self.seen[0, order[seen]], column[seen] - begin
-            if self.seen_bias is not None:
-                tile[at] += self.seen_bias
+            seen = None
+            if self.seen is not None and self.seen_bias is not None:
+                seen = _entries(self.seen[:, part], begin)
+                tile[seen] += self.seen_bias
             tile[row[hit], hits[hit] - begin] = -torch.inf
-            yield _Tile(slice(begin, end), tile, *at)
+            yield _Tile(slice(begin, end), tile, seen)
 
 
-def _by_tile(found: Tensor, bounds: list[int]) -> tuple[Tensor, Tensor, list[slice]]:
-    """Places sorted, their order, and the slice of them in each tile, bounds[i] .. bounds[i + 1]."""
-    found, order = found.sort()
-    edges = torch.searchsorted(found, torch.tensor(bounds, device=found.device)).tolist()
-    return found, order, [slice(*pair) for pair in pairwise(edges)]
+def _slices(places: Tensor, bounds: list[int]) -> list[slice]:
+    """Which of the sorted `places` are in each tile, bounds[i] .. bounds[i + 1]."""
+    edges = torch.searchsorted(places, torch.tensor(bounds, device=places.device)).tolist()
+    return [slice(*pair) for pair in pairwise(edges)]
+
+
+def _entries(seen: Tensor, begin: int) -> tuple[Tensor, Tensor]:
+    """(rows, columns), int64 [s], of a tile whose first candidate is `begin`, from (first, end, place)."""
+    first, end, place = seen
+    counts = (end - first).clamp_(min=0)
+    # One after another, what each row is ahead of the first one of its range by.
+    starts = torch.repeat_interleave(counts.cumsum(0) - counts - first, counts)
+    rows = torch.arange(len(starts), device=starts.device) - starts
+    return rows, torch.repeat_interleave(place - begin, counts)
 
 
 def places(wanted: Tensor, ids: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ NUM_ITEMS, NUM_POSITIONS, DIM = 70, 23, 8
 
 def formula(config, encoded, targets, target_ids, rows, negatives, bias=0.0):
     """-log softmax of every position over its target and the negatives other than it, one by one."""
-    pairs = [] if negatives.seen is None else negatives.seen.T.tolist()
+    ranges = [] if negatives.seen is None else negatives.seen.T.tolist()
+    pairs = {(p, place) for first, end, place in ranges for p in range(first, end)}
     unit = torch.nn.functional.normalize if config.similarity == "cosine" else torch.clone
     query, target, candidates = unit(encoded) / config.temperature, unit(targets), unit(rows)
     own = (query * target).sum(1)
@@ -29,11 +30,20 @@ def formula(config, encoded, targets, target_ids, rows, negatives, bias=0.0):
         logits = candidates @ query[p]
         if negatives.log_weights is not None:
             logits = logits + negatives.log_weights
-        is_seen = torch.tensor([[p, r] in pairs for r in range(len(rows))])
+        is_seen = torch.tensor([(p, r) in pairs for r in range(len(rows))])
         logits = logits + bias * is_seen
         others = logits[negatives.ids != target_ids[p]]
         total = total + torch.logsumexp(torch.cat([own[p : p + 1], others]), 0) - own[p]
     return total
+
+
+def random_ranges():
+    """int64 [3, F] as in Negatives: two ranges of positions, some of them touching, for half of the items."""
+    bounds = torch.randint(0, NUM_POSITIONS + 1, (NUM_ITEMS, 4)).sort(1).values
+    place = torch.arange(NUM_ITEMS)[::2]
+    ranges = torch.cat([torch.cat([bounds[::2, at : at + 2], place[:, None]], 1) for at in (0, 2)])
+    ranges = ranges[ranges[:, 0] < ranges[:, 1]]
+    return ranges[ranges[:, 2].argsort(stable=True)].T
 
 
 @pytest.mark.parametrize("seen_weight", [None, 0.0, 3.0, -12.0])
@@ -64,7 +74,7 @@ def test_chunks_and_tiles_equal_the_formula(
         similarity=similarity, temperature=temperature, use_seen_bias=seen_weight is not None
     )
     if config.use_seen_bias:
-        seen = torch.nonzero(torch.rand(NUM_POSITIONS, NUM_ITEMS) < 0.2).T
+        seen = random_ranges()
         is_target_seen = torch.rand(NUM_POSITIONS) < 0.3
         negatives = replace(negatives, seen=seen, is_target_seen=is_target_seen)
     shapes = (NUM_POSITIONS, NUM_POSITIONS, NUM_ITEMS)

@@ -37,8 +37,9 @@ def test_seen_items_equal_those_of_plain_loops(users, ids):
     pairs = [
         (p, r) for p, seen in enumerate(histories) for r, item in enumerate(ids) if item in seen
     ]
-    found = seen_candidates(batch, torch.tensor(ids, dtype=torch.int64))
-    assert list(map(tuple, found.T.tolist())) == pairs
+    found = seen_candidates(batch, torch.tensor(ids, dtype=torch.int64)).T.tolist()
+    assert sorted((p, place) for first, end, place in found for p in range(first, end)) == pairs
+    assert [place for *_, place in found] == sorted(place for *_, place in found)
     targets = batch.target_ids.tolist()
     expected = [target in seen for target, seen in zip(targets, histories, strict=True)]
     assert seen_targets(batch).tolist() == expected
