@@ -74,6 +74,9 @@ class Queries:
     target_ids: Tensor  # int64 [Q]
     seen_ids: Tensor  # int64 [S]
     seen_offsets: Tensor  # int64 [Q + 1]
+    num_recent: (
+        Tensor  # int64 [Q]: how many of a query's seen ids, the last, seen_score is added to
+    )
 
 
 def rank_targets(
@@ -81,7 +84,8 @@ def rank_targets(
 ) -> tuple[Tensor, Tensor]:
     """int64 [Q] ranks of this rank's targets, with seen items allowed and with them masked.
 
-    `seen_score` is added to the scores of seen items, in float64; the same on all ranks.
+    `seen_score`, the same on all ranks, is added in float64 to the scores of the last `num_recent` seen
+    items.
     Collective. The target itself is never masked. Raises, on all ranks together, FloatingPointError for
     values that are not finite and ValueError for ids outside the catalogue.
     """
@@ -97,10 +101,11 @@ def rank_targets(
         nn.functional.pad(
             distributed.all_gather_rows(queries.seen_offsets.diff()).cumsum(0), (1, 0)
         ),
+        distributed.all_gather_rows(queries.num_recent),
     )
     seen = _distinct_seen(everyone, shard)
     target_scores = _exact_scores(everyone.vectors, everyone.target_vectors)
-    target_scores[seen.owners[seen.is_target]] += seen_score
+    target_scores[seen.owners[seen.is_target]] += seen_score * seen.is_recent[seen.is_target]
     with _true_float32(queries.vectors.device):
         at_least = _count_at_least(everyone, target_scores, shard, chunk_items)
     seen_at_least = _count_seen_at_least(everyone, target_scores, shard, seen, seen_score)
@@ -215,15 +220,21 @@ class _Seen:
     owners: Tensor  # int64 [S] query
     items: Tensor  # int64 [S]
     is_target: Tensor  # bool [S]
+    is_recent: Tensor  # bool [S]: seen_score is added
 
 
 def _distinct_seen(queries: Queries, shard: ItemShard) -> _Seen:
     num_seen = queries.seen_offsets.diff()
     places = torch.arange(len(num_seen), device=num_seen.device)
-    keys = torch.repeat_interleave(places, num_seen) * shard.num_items + queries.seen_ids
-    distinct = torch.unique(keys)
+    owner = torch.repeat_interleave(places, num_seen)
+    distinct, inverse = torch.unique(
+        owner * shard.num_items + queries.seen_ids, return_inverse=True
+    )
+    last = torch.arange(len(owner), device=owner.device)
+    is_recent = last >= (queries.seen_offsets[1:] - queries.num_recent)[owner]
     owners, items = distinct // shard.num_items, distinct % shard.num_items
-    return _Seen(owners, items, items == queries.target_ids[owners])
+    times_recent = torch.zeros_like(distinct).index_add_(0, inverse, is_recent.long())
+    return _Seen(owners, items, items == queries.target_ids[owners], times_recent > 0)
 
 
 def _count_seen_at_least(
@@ -234,11 +245,11 @@ def _count_seen_at_least(
     counts = target_scores.new_zeros((2, len(target_scores)), dtype=torch.int64)
     local = seen.items - shard.first_id
     is_mine = (local >= 0) & (local < len(shard.vectors)) & ~seen.is_target
-    row, local = seen.owners[is_mine], local[is_mine]
+    row, local, added = seen.owners[is_mine], local[is_mine], seen_score * seen.is_recent[is_mine]
     for part in _slices(len(row), shard.vectors.shape[1], MAX_EXACT_NUMBERS):
         scores = _exact_scores(queries.vectors[row[part]], shard.vectors[local[part]])
-        for count, added in zip(counts, (0.0, seen_score), strict=True):
-            count.index_add_(0, row[part], (scores + added >= target_scores[row[part]]).long())
+        for count, score in zip(counts, (scores, scores + added[part]), strict=True):
+            count.index_add_(0, row[part], (score >= target_scores[row[part]]).long())
     return counts
 
 
@@ -286,6 +297,7 @@ def evaluate(
             history.target_ids,
             batch.seen_ids.to(device),
             batch.seen_offsets.to(device),
+            history.offsets.diff(),
         )
         for collected, ranks in zip(
             (allowed, masked),

@@ -23,12 +23,15 @@ def ranks(
     targets: np.ndarray,
     seen: Sequence[Sequence[int]],
     seen_score: float = 0.0,
+    num_recent: Sequence[int] | None = None,
 ) -> tuple[list[int], list[int]]:
     """(ranks with seen items allowed, with seen items masked) of each query's target."""
     allowed, masked = [], []
-    for query, target, history in zip(queries, targets, seen, strict=True):
+    counts = [len(history) for history in seen] if num_recent is None else num_recent
+    for query, target, history, count in zip(queries, targets, seen, counts, strict=True):
+        recent = history[len(history) - count :]
         scores = [
-            exact_score(query, items[item]) + (seen_score if item in history else 0.0)
+            exact_score(query, items[item]) + (seen_score if item in recent else 0.0)
             for item in range(len(items))
         ]
         above = {i for i, score in enumerate(scores) if i != target and score >= scores[target]}

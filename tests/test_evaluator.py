@@ -6,10 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hstu_rec import evaluator
-from hstu_rec.config import load
+from hstu_rec import distributed, evaluator
+from hstu_rec.config import RunConfig, load
+from hstu_rec.data.stream import eval_batches
 from hstu_rec.evaluator import EvalConfig, ItemShard, Queries, rank_metrics, rank_targets
+from hstu_rec.item_table import local_shards
+from hstu_rec.learner import Learner
 from tests import oracles
+from tests.datasets import write_dataset
 
 
 def jagged(lists):
@@ -18,21 +22,24 @@ def jagged(lists):
     return flat, offsets
 
 
-def make_queries(items, vectors, targets, seen=None):
+def make_queries(items, vectors, targets, seen=None, num_recent=None):
     targets = torch.as_tensor(targets, dtype=torch.int64)
-    return Queries(vectors, items[targets], targets, *jagged(seen or [[]] * len(targets)))
+    seen_ids, offsets = jagged(seen or [[]] * len(targets))
+    recent = offsets.diff() if num_recent is None else torch.tensor(num_recent, dtype=torch.int64)
+    return Queries(vectors, items[targets], targets, seen_ids, offsets, recent)
 
 
-def ranks_of(items, vectors, targets, seen=None, chunk_items=7, seen_score=0.0):
-    queries = make_queries(items, vectors, targets, seen)
+def ranks_of(items, vectors, targets, seen=None, chunk_items=7, seen_score=0.0, num_recent=None):
+    queries = make_queries(items, vectors, targets, seen, num_recent)
     shard = ItemShard(items, 0, len(items))
     allowed, masked = rank_targets(queries, shard, chunk_items, seen_score)
     return allowed.tolist(), masked.tolist()
 
 
-def oracle(items, vectors, targets, seen=None, seen_score=0.0):
+def oracle(items, vectors, targets, seen=None, seen_score=0.0, num_recent=None):
     seen = seen or [[]] * len(targets)
-    return oracles.ranks(items.numpy(), vectors.numpy(), np.asarray(targets), seen, seen_score)
+    bias = seen_score, num_recent
+    return oracles.ranks(items.numpy(), vectors.numpy(), np.asarray(targets), seen, *bias)
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -120,8 +127,9 @@ def test_ranks_equal_the_slow_formula(data):
     seen = [data.draw(st.lists(item, max_size=8)) for _ in targets]
     chunk_items = data.draw(st.integers(1, 30))
     seen_score = data.draw(st.one_of(st.sampled_from([0.0, 1.0, -1.0]), st.floats(-50, 50)))
-    assert ranks_of(items, vectors, targets, seen, chunk_items, seen_score) == oracle(
-        items, vectors, targets, seen, seen_score
+    recent = [data.draw(st.integers(0, len(history))) for history in seen]
+    assert ranks_of(items, vectors, targets, seen, chunk_items, seen_score, recent) == oracle(
+        items, vectors, targets, seen, seen_score, recent
     )
 
 
@@ -154,7 +162,7 @@ def test_values_that_are_not_finite_are_an_error(bad, where):
 def test_ids_outside_the_catalogue_are_an_error_that_names_them(bad, is_target):
     items, ids = normal(20, 4), torch.tensor([bad if is_target else 3])
     seen, offsets = jagged([[1, 2 if is_target else bad]])
-    queries = Queries(items[:1], items[:1], ids, seen, offsets)
+    queries = Queries(items[:1], items[:1], ids, seen, offsets, offsets.diff())
     with pytest.raises(ValueError, match=rf"outside the catalogue 0\.\.19.*\[{bad}\]"):
         rank_targets(queries, ItemShard(items, 0, 20), 7)
 
@@ -184,6 +192,39 @@ def test_no_query_and_no_row_give_no_rank_and_no_count():
     queries = make_queries(items, normal(2, 4, seed=1), [4, 5], [[1], [2]])
     allowed, masked = rank_targets(queries, ItemShard(items[:0], 20, 20), 7)
     assert allowed.tolist() == masked.tolist() == [0, 0]
+
+
+def test_the_learned_seen_bias_is_added_to_what_the_encoder_is_given_of_the_history(tmp_path):
+    random = np.random.default_rng(4)
+    sequences = [random.integers(0, 20, n).tolist() for n in random.integers(3, 15, 30)]
+    dataset = write_dataset(tmp_path / "data", sequences, num_items=20)
+    small = ["encoder.dim=8", "encoder.max_history_len=4", "loss.use_seen_bias=true"]
+    config = load(
+        RunConfig,
+        [*small, f"data.path={tmp_path / 'data'}", "loss.temperature=0.3", "table.init_std=1"],
+    )
+    with distributed.process_group("cpu") as device:
+        learner = Learner(config, dataset, device)
+        with torch.no_grad():
+            learner.loss.seen_weight.fill_(-1.7)
+        found = evaluator.evaluate(learner.model, dataset, "test", config.eval, device)
+        batch = next(eval_batches(dataset, "test", 4, 1000))
+        with torch.no_grad():
+            queries, _ = learner.model.eval()(batch.history)
+        ((rows, _),) = local_shards(learner.model)
+        items = torch.nn.functional.normalize(rows).numpy()
+    histories = [sequence[:-1] for sequence in sequences]
+    allowed, masked = oracles.ranks(
+        items,
+        queries.numpy(),
+        batch.history.target_ids.numpy(),
+        histories,
+        0.3 * 10 * np.tanh(-1.7 / 10),
+        [min(len(history), 4) for history in histories],
+    )
+    for part, ranks in (("seen_allowed", allowed), ("seen_masked", masked)):
+        assert found[part] == pytest.approx(oracles.metrics(ranks, config.eval.ks), rel=1e-12)
+    assert found["seen_allowed"] != found["seen_masked"]
 
 
 def test_metrics_of_known_ranks_are_these_fractions():
