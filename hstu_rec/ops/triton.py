@@ -100,7 +100,7 @@ def triton_attention(
     return silu_attention(q, k, v, *bias, layout.offsets, *blocks, *times, scale, layout.block)
 
 
-def _inputs(
+def inputs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -127,7 +127,7 @@ def _inputs(
     )
 
 
-def _shape(x: Inputs, block: int) -> dict[str, Any]:
+def shape(x: Inputs, block: int) -> dict[str, Any]:
     """What is known when a kernel is compiled."""
     a, v = (max(16, triton.next_power_of_2(dim)) for dim in (x.attention_dim, x.value_dim))
     return {
@@ -162,7 +162,7 @@ def silu_attention(
         None if t is None else t.contiguous() for t in (position_bias, time_bias)
     )
     out = v.new_empty(v.shape)
-    x = _inputs(
+    x = inputs(
         q,
         k,
         v,
@@ -177,7 +177,7 @@ def silu_attention(
         scale=scale,
     )
     if num_programs := len(query_users) * q.shape[1]:
-        forward[(num_programs,)](x, out, **_shape(x, block))
+        forward[(num_programs,)](x, out, **shape(x, block))
     return out
 
 
@@ -214,7 +214,7 @@ def silu_attention_backward(
     histograms = q.new_zeros(
         num_programs if time_bias is not None else 0, HISTOGRAM.value, dtype=torch.float32
     )
-    x = _inputs(
+    x = inputs(
         q,
         k,
         v,
@@ -229,9 +229,9 @@ def silu_attention_backward(
         scale=scale,
     )
     if num_programs:
-        backward_queries[(num_programs,)](x, grad_q, grad_position, histograms, **_shape(x, block))
+        backward_queries[(num_programs,)](x, grad_q, grad_position, histograms, **shape(x, block))
         x = x._replace(users=key_users, begins=key_begins)
-        backward_keys[(num_programs,)](x, grad_k, grad_v, **_shape(x, block))
+        backward_keys[(num_programs,)](x, grad_k, grad_v, **shape(x, block))
     by_head = histograms.view(-1, q.shape[1], HISTOGRAM.value)[..., :NUM_TIME_BUCKETS].sum(0)
     grad_time = by_head if time_bias is None or len(time_bias) > 1 else by_head.sum(0, keepdim=True)
     return grad_q, grad_k, grad_v, grad_position, grad_time
