@@ -59,6 +59,7 @@ def compare_steps(config: RunConfig, device: torch.device) -> Iterator[str]:
     medians, dataset = {}, Dataset(config.data.path)
     for name, stream in (("jagged", TrainStream), ("padded", PaddedStream)):
         learner = Learner(config, dataset, device, stream)
+        learner.begin()
         num_steps = min(NUM_STEPS, learner.stream.num_steps(0))
         times = step_times(learner, 0, num_steps)
         times = times[min(NUM_WARM_UP_STEPS, num_steps - 1) :]
@@ -93,6 +94,7 @@ def figures_by_epoch(config: RunConfig, device: torch.device) -> Iterator[str]:
 def time_epochs(config: RunConfig, device: torch.device) -> Iterator[str]:
     """Lines of a table: seconds of whole epochs without validation, and their steps. Collective."""
     learner = Learner(config, Dataset(config.data.path), device)
+    learner.begin()
     for epoch in range(NUM_EPOCHS):
         distributed.barrier()
         times = step_times(learner, epoch, learner.stream.num_steps(epoch))

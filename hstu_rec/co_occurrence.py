@@ -1,4 +1,4 @@
-"""Co-occurrence of items in users' training events: counted once, for a baseline and for first rows.
+"""Co-occurrence of items in users' training events, for a baseline and for first rows.
 
 c_ij = sum over users' pairs of events i, j at most WINDOW apart of 2^(1 - gap). Halves, because they are
 exact in float64: equal scores compare equal. The pairs of all users are held in memory.

@@ -103,6 +103,10 @@ class EncoderConfig:
             found.append(
                 "query_time 'next' has no effect without use_time_bias or a calendar; set one of them"
             )
+        if self.calendar == "none" and (self.calendar_begin or self.calendar_end):
+            found.append(
+                "calendar_begin and calendar_end have no effect with calendar 'none'; set day, week or month"
+            )
         if self.calendar_end < self.calendar_begin:
             found.append(
                 "calendar_end must not be before calendar_begin; got "
@@ -146,7 +150,7 @@ class Calendar(nn.Module):
         super().__init__()
         self.begin, self.bucket_s = config.calendar_begin, CALENDAR_S[config.calendar]
         num_seconds = config.calendar_end - config.calendar_begin
-        if num_seconds <= 0:
+        if config.calendar_begin == config.calendar_end == 0:
             raise ValueError(
                 f"calendar '{config.calendar}' needs calendar_begin and calendar_end, the times (s since "
                 f"1970) of the first and last training event; got {config.calendar_begin} and "

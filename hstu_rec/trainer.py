@@ -278,7 +278,8 @@ def _opening(config: RunConfig, dataset: Dataset, learner: Learner, folder: Path
             f"model       {config.encoder.attention} attention, {num_dense:,} dense parameters, "
             f"item table {table_mib:.2f} MiB over {distributed.world_size()} ranks",
             f"sharding    {config.table.sharding}, {config.table.optimizer} in the backward pass",
-            f"loss        softmax, negatives {loss.negatives}{count}, {loss.similarity}",
+            f"loss        softmax, negatives {loss.negatives}{count}, {loss.similarity}"
+            + (", seen bias" if loss.use_seen_bias else ""),
             f"device      {learner.device}, {distributed.world_size()} processes, fp32, attention kernel "
             f"{config.encoder.attention_kernel}",
         ]

@@ -90,6 +90,19 @@ def test_with_query_time_the_calendar_of_the_event_to_predict_is_used():
         encoder(items, offsets, times)
 
 
+def test_events_of_one_second_have_a_calendar_of_one_bucket():
+    begin = 1_000_000_000
+    config = EncoderConfig(dim=8, calendar="month", calendar_begin=begin, calendar_end=begin)
+    calendar = HSTUEncoder(config).calendar
+    assert calendar.embedding.shape == (1, 8)
+    assert calendar(torch.tensor([begin, begin + 10**8])).shape == (2, 8)
+
+
+def test_a_range_without_a_calendar_is_refused():
+    with pytest.raises(ValueError, match="have no effect with calendar 'none'"):
+        HSTUEncoder(EncoderConfig(calendar_end=9))
+
+
 def test_a_calendar_without_a_range_is_refused():
     with pytest.raises(ValueError, match="needs calendar_begin and calendar_end"):
         HSTUEncoder(EncoderConfig(calendar="month"))

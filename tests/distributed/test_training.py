@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hstu_rec import distributed
+from hstu_rec import distributed, item_table
 from hstu_rec.co_occurrence import count_pairs, item_vectors
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.dataset import Dataset
@@ -278,6 +278,7 @@ def test_losses_and_weights_equal_the_unsharded_model(tmp_path, world_size, sett
 
 def initial_rows(path, seed, settings=()):
     """The untrained item table's rows on this rank, and their first item."""
+    item_table.INIT_BLOCK_ROWS = 7  # several blocks, none of which ends with a rank's rows
     config = make_config(path, [f"train.seed={seed}", *settings])
     learner = Learner(config, Dataset(path), torch.device("cpu"))
     learner.begin()
