@@ -45,7 +45,7 @@ class EncoderConfig:
     attention: AttentionKind = "silu"
     """silu(q.k + bias) / n (HSTU) or softmax(q.k / sqrt(A) + bias) (SASRec)."""
     attention_kernel: AttentionKernel = "grouped"
-    """grouped: plain torch, users of like length together. triton: fused, silu attention on CUDA alone."""
+    """grouped: plain torch, users of like length together. triton: fused, on CUDA."""
     use_gate: bool = True
     """Multiplies the normed attention output by U, and passes the projections through silu."""
     ffn_dim: int = 0
@@ -93,11 +93,6 @@ class EncoderConfig:
             found.append(
                 f"dim must be a multiple of num_heads unless attention_dim and value_dim are given; "
                 f"got {self.dim} and {self.num_heads}"
-            )
-        if self.attention_kernel == "triton" and self.attention != "silu":
-            found.append(
-                "attention_kernel 'triton' has silu attention alone; set attention_kernel=grouped with "
-                f"attention={self.attention}"
             )
         if self.query_time == "next" and not (self.use_time_bias or self.calendar != "none"):
             found.append(

@@ -41,17 +41,18 @@ def jagged_layout(
     timestamps: Tensor | None = None,
     query_times: Tensor | None = None,
     kernel: AttentionKernel = "grouped",
+    dtype: torch.dtype = torch.float32,
 ) -> JaggedLayout:
     """How a batch with int64 `offsets` [B+1] is cut, made once and shared by all layers.
 
     `timestamps` and `query_times`, int64 [T] in s, are needed for a time bias only.
-    grouped: plain torch on any device. triton: silu attention alone, on a GPU.
+    grouped: plain torch on any device. triton: fused, on a GPU; `dtype`, that of q, k and v, sets its blocks.
     """
     if kernel == "grouped":
         return grouped_layout(offsets, num_heads, timestamps, query_times)
-    from hstu_rec.ops.triton import block_layout
+    from hstu_rec.ops.triton import BLOCKS, block_layout
 
-    return block_layout(offsets, timestamps, query_times)
+    return block_layout(offsets, timestamps, query_times, BLOCKS[dtype])
 
 
 def jagged_attention(
@@ -91,9 +92,7 @@ def jagged_attention(
     bias = {"position_bias": position_bias, "time_bias": time_bias}
     if isinstance(layout, GroupedLayout):
         return grouped_attention(q, k, v, layout, kind=kind, scale=scale, **bias)
-    if kind != "silu":
-        raise ValueError(f"the triton kernel has silu attention alone; got kind '{kind}'")
     from hstu_rec.ops.triton import BlockLayout, triton_attention
 
     assert isinstance(layout, BlockLayout), type(layout)
-    return triton_attention(q, k, v, layout, scale=scale, **bias)
+    return triton_attention(q, k, v, layout, kind=kind, scale=scale, **bias)

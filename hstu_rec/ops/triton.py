@@ -1,4 +1,4 @@
-"""Jagged silu attention in Triton, with the learned position and time bias computed in the kernel."""
+"""Jagged attention in Triton, with the learned position and time bias computed in the kernel."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from hstu_rec.distributed import on_device
-from hstu_rec.ops.reference import NUM_TIME_BUCKETS
+from hstu_rec.ops.reference import NUM_TIME_BUCKETS, AttentionKind
 from hstu_rec.ops.triton_kernels import (
     HISTOGRAM,
     Inputs,
@@ -83,11 +83,12 @@ def triton_attention(
     v: Tensor,
     layout: BlockLayout,
     *,
+    kind: AttentionKind,
     scale: float,
     position_bias: Tensor | None,
     time_bias: Tensor | None,
 ) -> Tensor:
-    """Causal silu attention [T, H, V]; arguments as in `hstu_rec.ops.jagged_attention`.
+    """Causal attention [T, H, V]; arguments as in `hstu_rec.ops.jagged_attention`.
 
     A time difference within float32's rounding of a bucket's edge may fall to the neighbour. Sums of the
     position bias's gradient are atomic: their last bits vary.
@@ -97,7 +98,8 @@ def triton_attention(
     bias = position_bias, time_bias
     blocks = layout.query_users, layout.query_begins, layout.key_users, layout.key_begins
     times = (layout.now, layout.then) if time_bias is not None else (None, None)
-    return silu_attention(q, k, v, *bias, layout.offsets, *blocks, *times, scale, layout.block)
+    others = scale, layout.block, kind == "softmax"
+    return fused_attention(q, k, v, *bias, layout.offsets, *blocks, *times, *others)[0]
 
 
 def inputs(
@@ -108,16 +110,17 @@ def inputs(
     time_bias: Tensor | None,
     **others: Any,
 ) -> Inputs:
-    """What the kernels read."""
-    tables = position_bias, time_bias
+    """What the kernels read; rows whose entries are apart are copied."""
+    q, k, v = rows = [x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v)]
+    tables = [None if table is None else table.contiguous() for table in (position_bias, time_bias)]
     return Inputs(
         q=q,
         k=k,
         v=v,
-        position_bias=position_bias,
-        time_bias=time_bias,
-        strides=tuple(x.stride(0) for x in (q, k, v)),
-        head_strides=tuple(x.stride(1) for x in (q, k, v)),
+        position_bias=tables[0],
+        time_bias=tables[1],
+        strides=tuple(x.stride(0) for x in rows),
+        head_strides=tuple(x.stride(1) for x in rows),
         bias_strides=tuple(0 if t is None or len(t) == 1 else t.shape[1] for t in tables),
         num_positions=1 if position_bias is None else position_bias.shape[1],
         num_heads=q.shape[1],
@@ -139,8 +142,8 @@ def shape(x: Inputs, block: int) -> dict[str, Any]:
     }
 
 
-@torch.library.custom_op("hstu_rec::silu_attention", mutates_args=())
-def silu_attention(
+@torch.library.custom_op("hstu_rec::fused_attention", mutates_args=())
+def fused_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -155,13 +158,12 @@ def silu_attention(
     then: Tensor | None,
     scale: float,
     block: int,
-) -> Tensor:
-    """`triton_attention` with the tensors of its layout, as torch.compile sees it."""
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    position_bias, time_bias = (
-        None if t is None else t.contiguous() for t in (position_bias, time_bias)
-    )
+    is_softmax: bool,
+) -> tuple[Tensor, Tensor]:
+    """`triton_attention` with the tensors of its layout, as torch.compile sees it; and the logsumexp of the
+    scores, float32 [T, H], empty for silu."""
     out = v.new_empty(v.shape)
+    logsumexp = q.new_empty(q.shape[:2] if is_softmax else 0, dtype=torch.float32)
     x = inputs(
         q,
         k,
@@ -169,6 +171,8 @@ def silu_attention(
         position_bias,
         time_bias,
         grad_out=None,
+        logsumexp=logsumexp if is_softmax else None,
+        delta=None,
         offsets=offsets,
         users=query_users,
         begins=query_begins,
@@ -178,12 +182,14 @@ def silu_attention(
     )
     if num_programs := len(query_users) * q.shape[1]:
         forward[(num_programs,)](x, out, **shape(x, block))
-    return out
+    return out, logsumexp
 
 
-@torch.library.custom_op("hstu_rec::silu_attention_backward", mutates_args=())
-def silu_attention_backward(
+@torch.library.custom_op("hstu_rec::fused_attention_backward", mutates_args=())
+def fused_attention_backward(
     grad_out: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -198,22 +204,13 @@ def silu_attention_backward(
     then: Tensor | None,
     scale: float,
     block: int,
+    is_softmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of the bias tables, float32; those of no table are empty."""
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    position_bias, time_bias = (
-        None if t is None else t.contiguous() for t in (position_bias, time_bias)
-    )
-    grad_q, grad_k, grad_v = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
-    )
-    num_programs = len(query_users) * q.shape[1]
-    grad_position = q.new_zeros(
-        () if position_bias is None else position_bias.shape, dtype=torch.float32
-    )
-    histograms = q.new_zeros(
-        num_programs if time_bias is not None else 0, HISTOGRAM.value, dtype=torch.float32
-    )
+    """Gradients of q, k, v and of the bias tables, float32; those of no table are empty.
+
+    `out` and `logsumexp` of forward are read for softmax alone.
+    """
+    delta = (grad_out.float() * out.float()).sum(-1) if is_softmax else None
     x = inputs(
         q,
         k,
@@ -221,6 +218,8 @@ def silu_attention_backward(
         position_bias,
         time_bias,
         grad_out=grad_out.contiguous(),
+        logsumexp=logsumexp if is_softmax else None,
+        delta=delta,
         offsets=offsets,
         users=query_users,
         begins=query_begins,
@@ -228,50 +227,57 @@ def silu_attention_backward(
         then=then,
         scale=scale,
     )
+    grad_q, grad_k, grad_v = (y.new_empty(y.shape) for y in (q, k, v))
+    num_programs = len(query_users) * q.shape[1]
+    size = 0 if position_bias is None else position_bias.shape
+    grad_position = q.new_zeros(size, dtype=torch.float32)
+    rows = 0 if time_bias is None else num_programs
+    histograms = q.new_zeros(rows, HISTOGRAM.value, dtype=torch.float32)
     if num_programs:
         backward_queries[(num_programs,)](x, grad_q, grad_position, histograms, **shape(x, block))
         x = x._replace(users=key_users, begins=key_begins)
         backward_keys[(num_programs,)](x, grad_k, grad_v, **shape(x, block))
+    if time_bias is None:
+        return grad_q, grad_k, grad_v, grad_position, q.new_empty(0, dtype=torch.float32)
     by_head = histograms.view(-1, q.shape[1], HISTOGRAM.value)[..., :NUM_TIME_BUCKETS].sum(0)
-    grad_time = by_head if time_bias is None or len(time_bias) > 1 else by_head.sum(0, keepdim=True)
+    grad_time = by_head if len(time_bias) > 1 else by_head.sum(0, keepdim=True)
     return grad_q, grad_k, grad_v, grad_position, grad_time
 
 
-@silu_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
-    return v.new_empty(v.shape)
+@fused_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, is_softmax = others
+    size = q.shape[:2] if is_softmax else 0
+    return v.new_empty(v.shape), q.new_empty(size, dtype=torch.float32)
 
 
-@silu_attention_backward.register_fake
-def _(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position_bias: Tensor | None,
-    time_bias: Tensor | None,
-    *others: Any,
-) -> tuple[Tensor, ...]:
-    of_rows = (x.new_empty(x.shape) for x in (q, k, v))
-    tables = ((() if t is None else t.shape) for t in (position_bias, time_bias))
-    return *of_rows, *(q.new_empty(shape, dtype=torch.float32) for shape in tables)
+@fused_attention_backward.register_fake
+def _(grad_out: Tensor, out: Tensor, logsumexp: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    rows, tables = others[:3], others[3:5]
+    sizes = [0 if table is None else table.shape for table in tables]
+    of_tables = (rows[0].new_empty(size, dtype=torch.float32) for size in sizes)
+    return *(x.new_empty(x.shape) for x in rows), *of_tables
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.scale, ctx.block = inputs
-    ctx.save_for_backward(*tensors)
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, ctx.block, ctx.is_softmax = inputs
+    out, logsumexp = output
+    ctx.mark_non_differentiable(logsumexp)
+    # Silu needs no output for its gradients.
+    ctx.save_for_backward(out if ctx.is_softmax else logsumexp, logsumexp, *tensors)
 
 
-def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    *of_rows, of_position, of_time = silu_attention_backward(
-        grad_out, *tensors, ctx.scale, ctx.block
+def _gradients(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    out, logsumexp, *tensors = ctx.saved_tensors
+    others = ctx.scale, ctx.block, ctx.is_softmax
+    *of_rows, of_position, of_time = fused_attention_backward(
+        grad_out, out, logsumexp, *tensors, *others
     )
     tables = (
         None if table is None else grad.to(table.dtype)
         for table, grad in zip(tensors[3:5], (of_position, of_time), strict=True)
     )
-    return *of_rows, *tables, *[None] * (len(tensors) - 5 + 2)
+    return *of_rows, *tables, *[None] * (len(tensors) - 5 + len(others))
 
 
-silu_attention.register_autograd(_gradients, setup_context=_keep)
+fused_attention.register_autograd(_gradients, setup_context=_keep)

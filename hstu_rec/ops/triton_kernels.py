@@ -32,6 +32,8 @@ class Inputs(NamedTuple):
     k: Any
     v: Any  # [T, H, V]
     grad_out: Any  # [T, H, V] contiguous; None in forward
+    logsumexp: Any  # float32 [T, H] of the scores, which forward writes; None for silu
+    delta: Any  # float32 [T, H], sum of out * grad_out; None in forward and for silu
     offsets: Any
     users: Any  # of the blocks that programs own
     begins: Any
@@ -107,6 +109,8 @@ def _keys(x, place, columns, A: tl.constexpr, V: tl.constexpr):
 def _scores(x, head, q, k, now, then, rows, columns, PRECISION: tl.constexpr):
     """(float32 [M, N] q k^T + bias, bool [M, N] whether a key is seen, int32 [M, N] time buckets)."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if x.logsumexp is not None:
+        scores *= x.scale
     distance = rows[:, None] - columns[None, :]
     if x.position_bias is not None:
         at = tl.minimum(tl.maximum(distance, 0), x.num_positions - 1)
@@ -120,13 +124,30 @@ def _scores(x, head, q, k, now, then, rows, columns, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _score_grads(scores, grad_out, v, is_seen, scale, PRECISION: tl.constexpr):
+def _row_sums(x, place, rows):
+    """(logsumexp, delta) of a block of queries; they mean nothing for silu."""
+    head, first, length = place
+    logsumexp, delta = rows, rows
+    if x.logsumexp is not None:
+        at = (first + rows) * x.num_heads + head
+        logsumexp = tl.load(x.logsumexp + at, mask=rows < length, other=0.0)
+        delta = tl.load(x.delta + at, mask=rows < length, other=0.0)
+    return logsumexp, delta
+
+
+@triton.jit
+def _score_grads(x, scores, grad_out, v, is_seen, logsumexp, delta, PRECISION: tl.constexpr):
     """(weights, gradient of the scores), float32 [M, N]; 0 where a key is not seen."""
-    gate = tl.sigmoid(scores)
-    weights = tl.where(is_seen, scores * gate, 0.0)
-    grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION) * scale
-    slope = gate * (1.0 + scores * (1.0 - gate))
-    return weights, tl.where(is_seen, grad_weights * slope, 0.0)
+    grads = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+    if x.logsumexp is not None:
+        weights = tl.where(is_seen, tl.exp(scores - logsumexp[:, None]), 0.0)
+        grads = weights * (grads - delta[:, None])
+    else:
+        gate = tl.sigmoid(scores)
+        weights = tl.where(is_seen, scores * gate, 0.0)
+        slope = gate * (1.0 + scores * (1.0 - gate))
+        grads = tl.where(is_seen, grads * x.scale * slope, 0.0)
+    return weights, grads
 
 
 @triton.jit
@@ -162,18 +183,35 @@ def forward(
     N: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Attention of a block of queries, to `out` [T, H, V]."""
+    """Attention of a block of queries, to `out` [T, H, V]; for softmax, also x.logsumexp."""
     head, first, length, rows = _place(x, N)
     place = head, first, length
     q, now = _queries(x, place, rows, A)
     mixed = tl.zeros([N, V], dtype=tl.float32)
+    total = tl.zeros([N], dtype=tl.float32)
+    top = tl.full([N], -float("inf"), dtype=tl.float32)
     for start in range(0, tl.min(rows) + N, N):
         columns = start + tl.arange(0, N)
         k, v, then = _keys(x, place, columns, A, V)
         scores, is_seen, _ = _scores(x, head, q, k, now, then, rows, columns, PRECISION)
-        weights = tl.where(is_seen, scores * tl.sigmoid(scores), 0.0)
+        if x.logsumexp is not None:
+            # Every query sees the first key, so that no maximum is of nothing.
+            higher = tl.maximum(top, tl.max(tl.where(is_seen, scores, -float("inf")), 1))
+            weights = tl.where(is_seen, tl.exp(scores - higher[:, None]), 0.0)
+            rest = tl.exp(top - higher)
+            total = total * rest + tl.sum(weights, 1)
+            mixed *= rest[:, None]
+            top = higher
+        else:
+            weights = tl.where(is_seen, scores * tl.sigmoid(scores), 0.0)
         mixed += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-    _store(out, mixed * x.scale, x.num_heads, place, rows, x.value_dim, V)
+    if x.logsumexp is not None:
+        mixed /= total[:, None]
+        at = (first + rows) * x.num_heads + head
+        tl.store(x.logsumexp + at, top + tl.log(total), mask=rows < length)
+    else:
+        mixed *= x.scale
+    _store(out, mixed, x.num_heads, place, rows, x.value_dim, V)
 
 
 @triton.jit
@@ -194,6 +232,7 @@ def backward_queries(
     q, now = _queries(x, place, rows, A)
     stride = x.num_heads * x.value_dim
     grad_out = _load(x.grad_out, stride, x.value_dim, place, rows, x.value_dim, V)
+    logsumexp, delta = _row_sums(x, place, rows)
     grads_q = tl.zeros([N, A], dtype=tl.float32)
     histogram = tl.zeros([HISTOGRAM], dtype=tl.float32)
     begin = tl.min(rows)
@@ -202,13 +241,15 @@ def backward_queries(
         k, v, then = _keys(x, place, columns, A, V)
         scores, is_seen, bucket = _scores(x, head, q, k, now, then, rows, columns, PRECISION)
         is_seen = is_seen & (rows[:, None] < length)
-        _, grads = _score_grads(scores, grad_out, v, is_seen, x.scale, PRECISION)
+        _, grads = _score_grads(x, scores, grad_out, v, is_seen, logsumexp, delta, PRECISION)
         grads_q += tl.dot(grads.to(k.dtype), k, input_precision=PRECISION)
         if x.position_bias is not None:
             table = grad_position + head * x.bias_strides[0]
             _add_position_grads(table, grads, begin - start, x.num_positions, N)
         if x.time_bias is not None:
             histogram = _add_time_grads(histogram, grads, bucket, is_seen)
+    if x.logsumexp is not None:
+        grads_q *= x.scale
     _store(grad_q, grads_q, x.num_heads, place, rows, x.attention_dim, A)
     if x.time_bias is not None:
         tl.store(grad_time + tl.program_id(0) * HISTOGRAM + tl.arange(0, HISTOGRAM), histogram)
@@ -236,8 +277,13 @@ def backward_keys(
         q, now = _queries(x, place, rows, A)
         grad_out = _load(x.grad_out, stride, x.value_dim, place, rows, x.value_dim, V)
         scores, is_seen, _ = _scores(x, head, q, k, now, then, rows, columns, PRECISION)
-        weights, grads = _score_grads(scores, grad_out, v, is_seen, x.scale, PRECISION)
+        logsumexp, delta = _row_sums(x, place, rows)
+        weights, grads = _score_grads(x, scores, grad_out, v, is_seen, logsumexp, delta, PRECISION)
         grads_v += tl.dot(tl.trans(weights.to(v.dtype)), grad_out, input_precision=PRECISION)
         grads_k += tl.dot(tl.trans(grads.to(q.dtype)), q, input_precision=PRECISION)
+    if x.logsumexp is not None:
+        grads_k *= x.scale
+    else:
+        grads_v *= x.scale
     _store(grad_k, grads_k, x.num_heads, place, columns, x.attention_dim, A)
-    _store(grad_v, grads_v * x.scale, x.num_heads, place, columns, x.value_dim, V)
+    _store(grad_v, grads_v, x.num_heads, place, columns, x.value_dim, V)
