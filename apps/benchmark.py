@@ -3,6 +3,7 @@
     python apps/benchmark.py step [CONFIG.yaml ...] [key=value ...]     jagged histories, and the same padded
     python apps/benchmark.py epoch [CONFIG.yaml ...] [key=value ...]    whole epochs, without validation
     python apps/benchmark.py curve [CONFIG.yaml ...] [key=value ...]    test figures after every epoch
+    python apps/benchmark.py attention [key=value ...]                  attention alone, by shape
     python apps/benchmark.py quality RECIPE.yaml ... [quality.key=value ...] [key=value ...]
 
 torchrun and torchx launch step, epoch and curve on several ranks, as they do apps/train.py. quality trains
@@ -13,14 +14,16 @@ run again. quality.* are its own settings; every other key=value is given to all
 
 import sys
 from datetime import date
+from typing import Any
 
 from hstu_rec import distributed
+from hstu_rec.attention_benchmark import AttentionTimes, attention_times
 from hstu_rec.benchmark import compare_steps, figures_by_epoch, time_epochs
 from hstu_rec.config import RunConfig, help_text, load, run_app
 from hstu_rec.quality import QualitySettings, quality
 from hstu_rec.versions import versions
 
-TIMES = {"step": compare_steps, "epoch": time_epochs, "curve": figures_by_epoch}
+MEASURES: dict[str, Any] = {"step": compare_steps, "epoch": time_epochs, "curve": figures_by_epoch}
 
 
 def main(arguments: list[str]) -> None:
@@ -29,21 +32,24 @@ def main(arguments: list[str]) -> None:
         print(f"{__doc__}\n{help_text(QualitySettings)}")
     elif measure == "quality":
         sys.exit(0 if quality(options) else 1)
-    elif measure in TIMES:
-        time_training(measure, options)
+    elif measure in (*MEASURES, "attention"):
+        show(measure, options)
     else:
         raise ValueError(
-            f"give what to measure, step, epoch, curve or quality; got {measure or 'nothing'}: "
+            f"give what to measure, {', '.join(MEASURES)}, attention or quality; got {measure or 'nothing'}: "
             "python apps/benchmark.py step [CONFIG.yaml ...] [key=value ...]"
         )
 
 
-def time_training(measure: str, options: list[str]) -> None:
-    config = load(RunConfig, options)
-    with distributed.process_group(config.train.device) as device:
+def show(measure: str, options: list[str]) -> None:
+    schema: Any = RunConfig if measure in MEASURES else AttentionTimes
+    config = load(schema, options)
+    choice = config.train.device if measure in MEASURES else "auto"
+    with distributed.process_group(choice) as device:
         if distributed.is_main():
-            print(f"{date.today()}  {distributed.world_size()} processes on {device}  {versions()}")
-        for line in TIMES[measure](config, device):
+            name = distributed.device_name(device)
+            print(f"{date.today()}  {distributed.world_size()} processes on {name}  {versions()}")
+        for line in MEASURES.get(measure, attention_times)(config, device):
             if distributed.is_main():
                 print(line, flush=True)
 

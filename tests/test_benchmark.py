@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hstu_rec import distributed
+from hstu_rec.attention_benchmark import AttentionTimes, Shape, attention_times
 from hstu_rec.benchmark import figures_by_epoch
 from hstu_rec.config import RunConfig, load
 from hstu_rec.trainer import train
@@ -47,3 +48,26 @@ def test_a_curve_needs_the_cut_off_that_it_shows(settings):
     config = load(RunConfig, [*settings, "eval.ks=[1,5]", "train.select=seen_masked/ndcg@5"])
     with pytest.raises(ValueError, match=r"eval.ks must hold 10, which is shown; got \[1, 5\]"):
         next(figures_by_epoch(config, torch.device("cpu")))
+
+
+def test_attention_is_timed_by_shape_on_cpu_as_well():
+    config = load(
+        AttentionTimes, ["shapes=[2x8-uniform-20,1x4-power-64]", "num_events=200", "repeats=2"]
+    )
+    head, *lines = attention_times(config, torch.device("cpu"))
+    assert head.startswith("torch.float32; ms")
+    names = ["2x8-uniform-20", "1x4-power-64"]
+    assert [line.split()[0] for line in lines] == names
+    for name, line in zip(names, lines, strict=True):
+        num_users, num_events = (int(word) for word in re.findall(r" (\d+) (?:users|events)", line))
+        lengths = Shape.of(name).lengths(200)
+        assert (num_users, num_events) == (len(lengths), lengths.sum())
+        assert 100 < num_events <= 200 and lengths.max() <= Shape.of(name).longest
+        forward, both = (float(ms) for ms in re.findall(r"bias ([\d.]+) / ([\d.]+)", line)[0])
+        assert 0 < forward < both
+
+
+@pytest.mark.parametrize("shape", ["4x128", "4x128-wide-5", "0x8-full-9", "axb-full-9"])
+def test_a_shape_of_another_form_is_refused(shape):
+    with pytest.raises(ValueError, match=f"shapes must be like 4x128-uniform-1024; got '{shape}'"):
+        load(AttentionTimes, [f"shapes=[{shape}]"])

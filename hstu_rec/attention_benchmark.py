@@ -1,0 +1,184 @@
+"""Times of jagged attention alone, by shape: fused without and with the learned bias, and plain torch.
+
+FLOPs are those of the pairs that are seen: forward 2 d H sum(L^2), backward 2.5 times that.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hstu_rec.ops import NUM_TIME_BUCKETS, AttentionKernel, jagged_attention, jagged_layout
+
+# The longest history for which plain torch is timed: its scores fill the memory beyond.
+MAX_PLAIN_LENGTH = 1024
+BACKWARD_FLOPS = 2.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionTimes:
+    """What is timed."""
+
+    shapes: list[str] = field(
+        default_factory=lambda: [
+            "4x128-uniform-256",
+            "4x128-uniform-1024",
+            "4x128-uniform-4096",
+            "4x128-uniform-8192",
+            "4x128-power-1024",
+            "4x128-power-8192",
+            "8x64-uniform-1024",
+            "8x64-uniform-4096",
+            "4x64-full-1024",
+            "2x32-full-200",
+        ]
+    )
+    """Heads x width - lengths - longest: lengths from N/2 to N (uniform), with a Pareto tail (power), or all
+    N (full)."""
+    num_events: int = 131_072
+    """Events of a batch, about."""
+    repeats: int = 20
+    """Times that each is run, after three to warm up; the median is shown."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, a sentence each."""
+        found = [
+            f"{name} must be at least 1; got {getattr(self, name)}"
+            for name in ("num_events", "repeats")
+            if getattr(self, name) < 1
+        ]
+        for shape in self.shapes:
+            try:
+                Shape.of(shape)
+            except ValueError:
+                found.append(f"shapes must be like 4x128-uniform-1024; got '{shape}'")
+        return found
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One line of the table."""
+
+    num_heads: int
+    width: int
+    kind: str
+    longest: int
+
+    @classmethod
+    def of(cls, text: str) -> "Shape":
+        """Raises ValueError for a text of another form."""
+        heads_and_width, kind, longest = text.split("-")
+        num_heads, width = heads_and_width.split("x")
+        shape = cls(int(num_heads), int(width), kind, int(longest))
+        if kind not in ("uniform", "power", "full") or min(shape.num_heads, shape.width) < 1:
+            raise ValueError(text)
+        return shape
+
+    def lengths(self, num_events: int) -> np.ndarray:
+        """int64: lengths of users with `num_events` together, about, one user at least."""
+        random = np.random.default_rng(0)
+        drawn = {
+            "uniform": lambda: random.integers(self.longest // 2, self.longest + 1, num_events),
+            "power": lambda: (self.longest / 32 * (1 + random.pareto(1, num_events))).astype(int),
+            "full": lambda: np.full(num_events, self.longest),
+        }[self.kind]()
+        lengths = np.clip(drawn, 1, self.longest)
+        return lengths[: max(1, int(np.searchsorted(lengths.cumsum(), num_events)))]
+
+
+def attention_times(config: AttentionTimes, device: torch.device) -> Iterator[str]:
+    """Lines of a table, bfloat16, forward / forward and backward in ms."""
+    is_cuda = device.type == "cuda"
+    dtype = torch.bfloat16 if is_cuda else torch.float32
+    yield f"{dtype}; ms forward / forward + backward (TFLOP/s)"
+    for text in config.shapes:
+        shape = Shape.of(text)
+        lengths = shape.lengths(config.num_events)
+        cells = []
+        if is_cuda:
+            cells += [
+                _cell(shape, lengths, "triton", bias, dtype, device, config)
+                for bias in (False, True)
+            ]
+        if shape.longest <= MAX_PLAIN_LENGTH or not is_cuda:
+            cells.append(_cell(shape, lengths, "grouped", True, dtype, device, config))
+        yield f"{text:20s} {len(lengths):5d} users {lengths.sum():7d} events  {'  '.join(cells)}"
+
+
+def _cell(
+    shape: Shape,
+    lengths: np.ndarray,
+    kernel: AttentionKernel,
+    has_bias: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    config: AttentionTimes,
+) -> str:
+    """Figures of one kernel on one shape."""
+    forward, inputs = _attention(shape, lengths, kernel, has_bias, dtype, device)
+    grad = torch.randn_like(forward())
+
+    def both() -> None:
+        torch.autograd.grad(forward(), inputs, grad)
+
+    flops = 2 * shape.width * shape.num_heads * float((lengths.astype(float) ** 2).sum())
+    times = [_median_s(work, config.repeats, device) for work in (forward, both)]
+    rates = [flops / times[0] / 1e12, flops * (1 + BACKWARD_FLOPS) / times[1] / 1e12]
+    what = f"{kernel} {'with' if has_bias else 'no'} bias"
+    return f"{what} {times[0] * 1e3:.2f} / {times[1] * 1e3:.2f} ({rates[0]:.0f} / {rates[1]:.0f})"
+
+
+def _attention(
+    shape: Shape,
+    lengths: np.ndarray,
+    kernel: AttentionKernel,
+    has_bias: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
+    """(the attention of a random batch, the tensors it has gradients of)."""
+    torch.manual_seed(0)
+    offsets = torch.from_numpy(np.append(0, lengths.cumsum()))
+    total = int(offsets[-1])
+    times = torch.randint(0, 10**8, (total,)).sort().values if has_bias else None
+    layout = jagged_layout(offsets, shape.num_heads, times, None, kernel, dtype).to(device)
+    size = (total, shape.num_heads, shape.width)
+    rows = [torch.randn(size, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    widths = (shape.longest, NUM_TIME_BUCKETS) if has_bias else ()
+    # Plain torch adds the bias in the dtype of the scores.
+    of_tables = dtype if kernel == "grouped" else torch.float32
+    tables = [torch.randn(1, n, device=device, dtype=of_tables, requires_grad=True) for n in widths]
+    names = dict(zip(("position_bias", "time_bias"), tables, strict=False))
+    offsets = offsets.to(device)
+
+    def attend() -> Tensor:
+        scale = 1 / shape.longest
+        return jagged_attention(
+            rows[0], rows[1], rows[2], offsets, scale=scale, layout=layout, **names
+        )
+
+    return attend, [*rows, *tables]
+
+
+def _median_s(work: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Median seconds of `work` on the device."""
+    times = []
+    for turn in range(3 + repeats):
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            work()
+            end.record()
+            torch.cuda.synchronize()
+            spent = begin.elapsed_time(end) / 1e3
+        else:
+            began_at = time.perf_counter()
+            work()
+            spent = time.perf_counter() - began_at
+        if turn >= 3:
+            times.append(spent)
+    return statistics.median(times)
