@@ -79,6 +79,17 @@ def uses_cuda(device: DeviceChoice) -> bool:
     return device != "cpu" and torch.cuda.is_available()
 
 
+def environment_of(slot: int, num_processes: int) -> dict[str, str]:
+    """The environment of a launcher that is the `slot`-th of several: with the next `num_processes` of the
+    GPUs that this process sees, going round when they are fewer."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = seen.split(",") if seen else [str(gpu) for gpu in range(torch.cuda.device_count())]
+    first = slot * num_processes
+    mine = [names[at % len(names)] for at in range(first, first + num_processes)] if names else []
+    chosen = {"CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(mine))} if mine else {}
+    return {**os.environ, **chosen}
+
+
 def device_name(device: torch.device) -> str:
     """What the device is called in a result: CPU, or the GPU's own name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -11,6 +11,7 @@ what is done is never run again. Of the code the tables tell the commit that eac
 change of it, give another quality.folder. A stopped run goes on.
 """
 
+import fcntl
 import hashlib
 import json
 import re
@@ -23,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hstu_rec import distributed
 from hstu_rec.checkpoint import write_file
@@ -59,7 +60,7 @@ class QualityConfig:
     processes: int = 0
     """Processes of a run; 0 takes 1 on CUDA and 2 on CPU."""
     jobs: int = 1
-    """Runs at a time; more than one make each other's time longer."""
+    """Runs at a time, dealt to the GPUs; more than one on the same hardware make each other's time longer."""
     published: str = ""
     """YAML file of published figures; configs/published.yaml when empty."""
 
@@ -123,6 +124,14 @@ class Run:
 
     def __str__(self) -> str:
         return f"{self.recipe.name} seed {self.seed}"
+
+
+class Active(NamedTuple):
+    """A run in progress."""
+
+    process: subprocess.Popen[bytes]
+    began_at: float
+    slot: int  # of quality.jobs; it has GPUs of its own where there are enough
 
 
 def quality(arguments: Sequence[str]) -> bool:
@@ -244,18 +253,25 @@ def train_all(runs: Sequence[Run], settings: QualityConfig) -> dict[Run, str]:
 
     Whatever ends this function early, Ctrl-C or a signal, ends the runs that are in progress.
     """
-    waiting, active = list(runs), dict[Run, tuple[subprocess.Popen[bytes], float]]()
-    failures = {}
+    waiting, active = list(runs), dict[Run, Active]()
+    free, failures = list(range(settings.jobs)), {}
     with _signals_as_interrupts():
         try:
             while waiting or active:
-                while waiting and len(active) < settings.jobs:
+                while waiting and free:
                     run = waiting.pop(0)
                     print(f"begins  {run}  {run.log}", flush=True)
-                    active[run] = _launch(run, settings), time.monotonic()
+                    try:
+                        process = _launch(run, settings, free[0])
+                    except BlockingIOError:
+                        failures[run] = "another process is training it"
+                        print(f"failed  {run}  {failures[run]}", flush=True)
+                        continue
+                    active[run] = Active(process, time.monotonic(), free.pop(0))
                 time.sleep(POLL_S)
-                for run in [run for run, (one, _) in active.items() if one.poll() is not None]:
-                    process, began_at = active.pop(run)
+                for run in [run for run, one in active.items() if one.process.poll() is not None]:
+                    process, began_at, slot = active.pop(run)
+                    free.append(slot)
                     spent = f"{time.monotonic() - began_at:.0f} s"
                     if reason := _reason(run, process.returncode):
                         failures[run] = reason
@@ -263,7 +279,7 @@ def train_all(runs: Sequence[Run], settings: QualityConfig) -> dict[Run, str]:
                     else:
                         print(f"done    {run}  {spent}", flush=True)
         finally:
-            _stop([process for process, _ in active.values()])
+            _stop([one.process for one in active.values()])
     return failures
 
 
@@ -280,26 +296,37 @@ def _signals_as_interrupts() -> Iterator[None]:
             signal.signal(one, signal.SIG_DFL)
 
 
-def _launch(run: Run, settings: QualityConfig) -> subprocess.Popen[bytes]:
-    """The run's launcher, started. The recipe is given as resolved now: its file may change meanwhile."""
+def _launch(run: Run, settings: QualityConfig, slot: int) -> subprocess.Popen[bytes]:
+    """The run's launcher, started. The recipe is given as resolved now: its file may change meanwhile.
+
+    Raises BlockingIOError while another process trains the same run: its log is locked for as long as any
+    process of the run has it open.
+    """
     run.recipe.folder.mkdir(parents=True, exist_ok=True)
     save(run.recipe.config, run.recipe.folder / "recipe.yaml")
-    with run.log.open("wb") as log:
+    with run.log.open("ab") as log:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        log.truncate(0)
         # In a session of its own: Ctrl-C reaches this process alone, which then ends the others in order.
         return subprocess.Popen(
             _command(run, settings),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            env=distributed.environment_of(slot, _num_processes(run, settings)),
             start_new_session=True,
         )
 
 
+def _num_processes(run: Run, settings: QualityConfig) -> int:
+    is_cuda = distributed.uses_cuda(run.recipe.config.train.device)
+    return settings.processes or (1 if is_cuda else 2)
+
+
 def _command(run: Run, settings: QualityConfig) -> list[str]:
     """A run as a user would start it, on a free port; with nothing to resume, auto begins anew."""
-    is_cuda = distributed.uses_cuda(run.recipe.config.train.device)
-    processes = settings.processes or (1 if is_cuda else 2)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    processes = str(_num_processes(run, settings))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     return [
         sys.executable,
         *launcher,

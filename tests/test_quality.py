@@ -1,5 +1,6 @@
 """Recipes over seeds: what is run, what is not run again, what the tables say."""
 
+import fcntl
 import json
 import os
 import statistics
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hstu_rec import distributed
 from hstu_rec import quality as quality_module
 from hstu_rec.comparison import METRICS, Measured, compared, draw, page, read_published
 from hstu_rec.config import RunConfig, load
@@ -296,6 +298,44 @@ def test_the_reason_of_a_failure_is_the_line_that_tells_it(
     run.log.parent.mkdir()
     run.log.write_text(log)
     assert reason in quality_module._reason(run, 1)
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(
+    tmp_path: Path, recipe: str, measure: Callable[..., bool], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = planned([recipe, f"quality.folder={tmp_path / 'out'}"])[1][0].folder
+    folder.mkdir(parents=True)
+    with (folder / "seed_2.log").open("wb") as log:
+        log.write(b"of the other process")
+        log.flush()
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert not measure(recipe, "quality.seeds=[1,2]")
+    assert "failed  tiny seed 2  another process is training it" in capsys.readouterr().out
+    assert (folder / "seed_2.log").read_bytes() == b"of the other process"
+    assert calls(tmp_path) == ["1"]
+    assert measure(recipe, "quality.seeds=[1,2]")
+    assert calls(tmp_path) == ["12"]
+
+
+@pytest.mark.parametrize(
+    ("seen", "num_processes", "expected"),
+    [
+        (None, 1, ["0", "1", "2", "0"]),
+        (None, 2, ["0,1", "2,0", "1,2", "0,1"]),
+        ("5,7", 1, ["5", "7", "5", "7"]),
+        ("5,7", 3, ["5,7", "7,5", "5,7", "7,5"]),
+    ],
+)
+def test_runs_at_a_time_are_dealt_to_the_gpus(
+    seen: str | None, num_processes: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(distributed.torch.cuda, "device_count", lambda: 3)
+    if seen:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    found = [distributed.environment_of(slot, num_processes) for slot in range(4)]
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in found] == expected
+    assert all(one["PATH"] == os.environ["PATH"] for one in found)
 
 
 def test_what_ends_the_measure_ends_its_runs(
