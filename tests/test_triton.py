@@ -84,14 +84,14 @@ def assert_as_exact_as_plain_torch(found, eps):
 
 
 @pytest.fixture
-def poisoned():
-    """Memory that is not written yet holds NaN."""
+def repeatable():
+    """The same bits in every run; and memory that is not written yet holds NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("repeatable")
 @pytest.mark.parametrize("kind", ["silu", "softmax"])
 @pytest.mark.parametrize(
     "without", [(), NAMES[3:], NAMES[3:4], NAMES[4:]], ids=lambda names: f"no {names}"
@@ -121,6 +121,16 @@ def test_half_precision_is_as_exact_as_plain_torch(dtype, kind):
     # The inputs' own rounding is no error of either.
     inputs = {name: x.to(dtype).double() for name, x in inputs.items()}
     assert_as_exact_as_plain_torch(compared(inputs, offsets, times, dtype, kind=kind), eps=1e-5)
+
+
+@pytest.mark.usefixtures("repeatable")
+@pytest.mark.parametrize("bias_rows", [1, 2])
+def test_repeatable_sums_are_the_same_bits_and_as_exact(bias_rows):
+    inputs, offsets, times = make_inputs(LENGTHS["odd"], bias_rows=bias_rows)
+    first, again = (compared(inputs, offsets, times) for _ in range(2))
+    assert_as_exact_as_plain_torch(first, eps=5e-7)
+    for name, (fused, *_) in first.items():
+        assert torch.equal(fused, again[name][0]), name
 
 
 def copied_into_nan(x, device, dtype):

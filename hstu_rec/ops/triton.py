@@ -90,8 +90,9 @@ def triton_attention(
 ) -> Tensor:
     """Causal attention [T, H, V]; arguments as in `hstu_rec.ops.jagged_attention`.
 
-    A time difference within float32's rounding of a bucket's edge may fall to the neighbour. Sums of the
-    position bias's gradient are atomic: their last bits vary.
+    A time difference within float32's rounding of a bucket's edge may fall to the neighbour. The last bits
+    of the position bias's gradient vary from run to run, unless torch.use_deterministic_algorithms is on;
+    then it takes a row of the table's length for every `layout.block` events of a head.
     """
     if time_bias is not None and layout.then is None:
         raise ValueError("time_bias is given without timestamps; pass int64 timestamps [T] in s")
@@ -229,19 +230,30 @@ def fused_attention_backward(
     )
     grad_q, grad_k, grad_v = (y.new_empty(y.shape) for y in (q, k, v))
     num_programs = len(query_users) * q.shape[1]
-    size = 0 if position_bias is None else position_bias.shape
-    grad_position = q.new_zeros(size, dtype=torch.float32)
-    rows = 0 if time_bias is None else num_programs
-    histograms = q.new_zeros(rows, HISTOGRAM.value, dtype=torch.float32)
+    # A program's own sums come in one order: two tiles share a distance, and a + b is b + a.
+    is_repeatable = torch.are_deterministic_algorithms_enabled()
+    num_rows = 0 if position_bias is None else len(position_bias)
+    num_rows = num_programs if is_repeatable else num_rows
+    by_position = q.new_zeros(num_rows, x.num_positions, dtype=torch.float32)
+    by_bucket = q.new_zeros(num_programs, HISTOGRAM.value, dtype=torch.float32)
     if num_programs:
-        backward_queries[(num_programs,)](x, grad_q, grad_position, histograms, **shape(x, block))
+        known = shape(x, block)
+        own: dict[str, Any] = {**known, "HAS_OWN_ROW": is_repeatable}
+        backward_queries[(num_programs,)](x, grad_q, by_position, by_bucket, **own)
         x = x._replace(users=key_users, begins=key_begins)
-        backward_keys[(num_programs,)](x, grad_k, grad_v, **shape(x, block))
-    if time_bias is None:
-        return grad_q, grad_k, grad_v, grad_position, q.new_empty(0, dtype=torch.float32)
-    by_head = histograms.view(-1, q.shape[1], HISTOGRAM.value)[..., :NUM_TIME_BUCKETS].sum(0)
-    grad_time = by_head if len(time_bias) > 1 else by_head.sum(0, keepdim=True)
-    return grad_q, grad_k, grad_v, grad_position, grad_time
+        backward_keys[(num_programs,)](x, grad_k, grad_v, **known)
+    if is_repeatable:
+        by_position = _of_table(by_position, position_bias, x.num_heads)
+    by_bucket = _of_table(by_bucket[:, :NUM_TIME_BUCKETS], time_bias, x.num_heads)
+    return grad_q, grad_k, grad_v, by_position, by_bucket
+
+
+def _of_table(by_program: Tensor, table: Tensor | None, num_heads: int) -> Tensor:
+    """Sums [programs, P], heads in turn, added up to the gradient of a table [1 or H, P]; [0, P] of none."""
+    if table is None:
+        return by_program[:0].clone()
+    by_head = by_program.unflatten(0, (-1, num_heads)).sum(0)
+    return by_head if len(table) > 1 else by_head.sum(0, keepdim=True)
 
 
 @fused_attention.register_fake
@@ -254,7 +266,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 @fused_attention_backward.register_fake
 def _(grad_out: Tensor, out: Tensor, logsumexp: Tensor, *others: Any) -> tuple[Tensor, ...]:
     rows, tables = others[:3], others[3:5]
-    sizes = [0 if table is None else table.shape for table in tables]
+    empty = (0, 1), (0, NUM_TIME_BUCKETS)
+    sizes = [e if t is None else t.shape for t, e in zip(tables, empty, strict=True)]
     of_tables = (rows[0].new_empty(size, dtype=torch.float32) for size in sizes)
     return *(x.new_empty(x.shape) for x in rows), *of_tables
 

@@ -224,9 +224,11 @@ def backward_queries(
     V: tl.constexpr,
     N: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_OWN_ROW: tl.constexpr,
 ) -> None:
     """Gradients of a block of queries, and what it adds to those of the bias tables: float32 sums, by atomic
-    additions to `grad_position` and in a row of its own of `grad_time` [programs, HISTOGRAM]."""
+    additions to `grad_position`, laid out as the table is or with a row for every program, and in a row of
+    `grad_time` [programs, HISTOGRAM]."""
     head, first, length, rows = _place(x, N)
     place = head, first, length
     q, now = _queries(x, place, rows, A)
@@ -244,7 +246,10 @@ def backward_queries(
         _, grads = _score_grads(x, scores, grad_out, v, is_seen, logsumexp, delta, PRECISION)
         grads_q += tl.dot(grads.to(k.dtype), k, input_precision=PRECISION)
         if x.position_bias is not None:
-            table = grad_position + head * x.bias_strides[0]
+            row = head * x.bias_strides[0]
+            if HAS_OWN_ROW:
+                row = tl.program_id(0) * x.num_positions
+            table = grad_position + row
             _add_position_grads(table, grads, begin - start, x.num_positions, N)
         if x.time_bias is not None:
             histogram = _add_time_grads(histogram, grads, bucket, is_seen)
