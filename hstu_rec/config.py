@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
 from hstu_rec.data.stream import DataConfig
-from hstu_rec.distributed import DeviceChoice
+from hstu_rec.distributed import DeviceChoice, Precision
 from hstu_rec.encoder import EncoderConfig
 from hstu_rec.evaluator import EvalConfig
 from hstu_rec.item_table import TableConfig
@@ -88,6 +88,9 @@ class TrainConfig:
     """Seed of weights, batches, negatives and dropout."""
     device: DeviceChoice = "auto"
     """auto takes CUDA when present."""
+    precision: Precision = "float32"
+    """Of the dense part's products: float32, tf32 (on CUDA) or bfloat16 (the encoder; tf32 for the rest).
+    Parameters, item rows and evaluation's scores are float32."""
     resume: str = "none"
     """none, auto (newest complete checkpoint of train.run_dir), or a checkpoint folder."""
     run_dir: str = ""

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 T = TypeVar("T", bound=Any)
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 # A use's place is part of its numbers: new ones come last.
 RandomUse = Literal["order of users", "rows", "negatives"]
 RANDOM_USES: tuple[RandomUse, ...] = get_args(RandomUse)
@@ -88,6 +89,11 @@ def environment_of(slot: int, num_processes: int) -> dict[str, str]:
     mine = [names[at % len(names)] for at in range(first, first + num_processes)] if names else []
     chosen = {"CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(mine))} if mine else {}
     return {**os.environ, **chosen}
+
+
+def use_precision(precision: Precision) -> None:
+    """Lets CUDA take TF32 for products of float32, or not, in this process."""
+    torch.backends.cuda.matmul.fp32_precision = "ieee" if precision == "float32" else "tf32"
 
 
 def device_name(device: torch.device) -> str:

@@ -272,8 +272,12 @@ class HSTUEncoder(nn.Module):
         offsets: Tensor,
         timestamps: Tensor | None = None,
         next_timestamps: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> JaggedLayout:
-        """How the layers cut a batch, from the arguments of `forward`: to make it ahead, on any device."""
+        """How the layers cut a batch, from the arguments of `forward`: to make it ahead, on any device.
+
+        `dtype`: of the layers' products, bfloat16 under autocast.
+        """
         config, times = self.config, ()
         if config.use_time_bias:
             if timestamps is None:
@@ -281,7 +285,9 @@ class HSTUEncoder(nn.Module):
             if config.query_time == "next" and next_timestamps is None:
                 raise ValueError("query_time='next' needs next_timestamps (int64 [T], s)")
             times = (timestamps, next_timestamps if config.query_time == "next" else None)
-        return jagged_layout(offsets, config.num_heads, *times, kernel=config.attention_kernel)
+        return jagged_layout(
+            offsets, config.num_heads, *times, kernel=config.attention_kernel, dtype=dtype
+        )
 
     def forward(
         self,
@@ -301,7 +307,10 @@ class HSTUEncoder(nn.Module):
                 predict, which at serving is the time of the request.
             layout: `self.layout(offsets, timestamps, next_timestamps)`, when it was made ahead.
         """
-        layout = layout or self.layout(offsets, timestamps, next_timestamps)
+        if layout is None:
+            kind = x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            layout = self.layout(offsets, timestamps, next_timestamps, dtype)
         if self.position_embedding is not None:
             lengths = offsets[1:] - offsets[:-1]
             first = torch.repeat_interleave(offsets[:-1], lengths, output_size=x.shape[0])

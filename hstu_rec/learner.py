@@ -60,10 +60,12 @@ class Learner:
             self.table,
             HSTUEncoder(config.encoder).to(device),
             SampledSoftmax(config.loss),
+            torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32,
         )
+        distributed.use_precision(config.train.precision)
         self.model = shard_model(model, config.table, device, seed)
         sampler = NegativeSampler(config.loss, dataset.num_items, dataset.train_counts, seed)
-        self.inputs = InputPipeline(self.stream, sampler, model.encoder, self.table, device)
+        self.inputs = InputPipeline(self.stream, sampler, model, self.table, device)
         self.encoder, self.loss = model.encoder, model.loss
         encoder = [p for p in model.encoder.parameters() if p.requires_grad]
         of_loss = list(model.loss.parameters())

@@ -40,11 +40,18 @@ class NextItemModel(nn.Module):
     """Next-item training loss and query vectors.
 
     `table` maps distinct sorted int64 ids [R] to rows [R, D]: an ItemTable, or anything of that form.
+    `dtype`: of the encoder's products, float32 or bfloat16; what goes in and comes out is float32.
     """
 
-    def __init__(self, table: nn.Module, encoder: HSTUEncoder, loss: SampledSoftmax) -> None:
+    def __init__(
+        self,
+        table: nn.Module,
+        encoder: HSTUEncoder,
+        loss: SampledSoftmax,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
-        self.table, self.encoder, self.loss = table, encoder, loss
+        self.table, self.encoder, self.loss, self.dtype = table, encoder, loss, dtype
 
     def forward(
         self,
@@ -64,7 +71,9 @@ class NextItemModel(nn.Module):
         rows = self.table(lookup.ids) if sent is None else sent.rows()
         history, targets, *rest = rows.index_select(0, lookup.places).split(lookup.counts)
         times = (batch.timestamps, batch.next_timestamps)
-        encoded = self.encoder(history, batch.offsets, *times, layout=layout)
+        is_half = self.dtype != torch.float32
+        with torch.autocast(history.device.type, self.dtype, enabled=is_half):
+            encoded = self.encoder(history, batch.offsets, *times, layout=layout).float()
         if negatives is not None:
             return (self.loss(encoded, targets, batch.target_ids, rest[0], negatives),)
         # One query a user, at its newest event, and its target, both as they are scored.

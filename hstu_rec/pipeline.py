@@ -17,10 +17,9 @@ from torch import Tensor
 from hstu_rec import distributed
 from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.data.stream import TrainStream
-from hstu_rec.encoder import HSTUEncoder
 from hstu_rec.item_table import ItemTable, SentIds
 from hstu_rec.loss import NegativeSampler, with_seen
-from hstu_rec.model import Lookup
+from hstu_rec.model import Lookup, NextItemModel
 from hstu_rec.ops import JaggedLayout
 from hstu_rec.softmax import Negatives
 
@@ -63,12 +62,12 @@ class InputPipeline:
         self,
         stream: TrainStream,
         sampler: NegativeSampler,
-        encoder: HSTUEncoder,
+        model: NextItemModel,
         table: ItemTable,
         device: torch.device,
     ) -> None:
         self._stream, self._sampler, self._device = stream, sampler, device
-        self._encoder, self._table = encoder, table
+        self._model, self._table = model, table
         # One entry at most: one for another place is dropped, on every rank alike.
         self._made: dict[Place, StepInput] = {}
         self._sent: dict[Place, tuple[StepInput, SentIds]] = {}
@@ -107,7 +106,9 @@ class InputPipeline:
             is_shared = negatives.is_divided and distributed.world_size() > 1
             of_all = self._stream.batch(*place[:2], of_all_ranks=True) if is_shared else batch
             negatives = with_seen(negatives, batch, of_all)
-        layout = self._encoder.layout(batch.offsets, batch.timestamps, batch.next_timestamps)
+        layout = self._model.encoder.layout(
+            batch.offsets, batch.timestamps, batch.next_timestamps, self._model.dtype
+        )
         return StepInput(batch, negatives, Lookup.of(batch, negatives), layout)
 
 

@@ -280,7 +280,8 @@ def _opening(config: RunConfig, dataset: Dataset, learner: Learner, folder: Path
             f"sharding    {config.table.sharding}, {config.table.optimizer} in the backward pass",
             f"loss        softmax, negatives {loss.negatives}{count}, {loss.similarity}"
             + (", seen bias" if loss.use_seen_bias else ""),
-            f"device      {learner.device}, {distributed.world_size()} processes, fp32, attention kernel "
+            f"device      {learner.device}, {distributed.world_size()} processes, "
+            f"{config.train.precision}, attention kernel "
             f"{config.encoder.attention_kernel}",
         ]
     )

@@ -52,7 +52,7 @@ def jagged_layout(
         return grouped_layout(offsets, num_heads, timestamps, query_times)
     from hstu_rec.ops.triton import BLOCKS, block_layout
 
-    return block_layout(offsets, timestamps, query_times, BLOCKS[dtype])
+    return block_layout(offsets, timestamps, query_times, BLOCKS.get(dtype, min(BLOCKS.values())))
 
 
 def jagged_attention(

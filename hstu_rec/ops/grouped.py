@@ -244,9 +244,10 @@ def _add_bias_grads(
     for table in (grad_position, grad_time):
         if table is None:
             continue
-        per_row = grad_scores.sum(0, keepdim=True) if table.shape[0] == 1 else grad_scores
+        is_shared = table.shape[0] == 1
+        per_row = grad_scores.sum(0, True, dtype=table.dtype) if is_shared else grad_scores
         index = group.buckets
         if table is grad_position:
-            per_row, index = per_row.sum(1), group.distance_in(table)
+            per_row, index = per_row.sum(1, dtype=table.dtype), group.distance_in(table)
         assert index is not None
-        table.index_add_(1, index.reshape(-1), per_row.reshape(table.shape[0], -1))
+        table.index_add_(1, index.reshape(-1), per_row.reshape(len(table), -1).to(table.dtype))

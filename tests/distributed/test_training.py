@@ -276,6 +276,24 @@ def test_losses_and_weights_equal_the_unsharded_model(tmp_path, world_size, sett
     assert abs(losses[0] - losses[-1]) > 1e-3
 
 
+def test_bfloat16_trains_as_float32_does_but_for_rounding(tmp_path):
+    path, settings = tmp_path / "data", ["loss.negatives=all"]
+    make_data(path)
+    exact, rounded = (
+        run_ranks(1, train_sharded, path, [*settings, f"train.precision={precision}"])[0]
+        for precision in ("float32", "bfloat16")
+    )
+    np.testing.assert_allclose(rounded[0], exact[0], rtol=0, atol=0.02)
+    assert rounded[0] != exact[0]
+    for name, value in exact[4].items():
+        moved, other = (result[4][name] - exact[3][name] for result in (exact, rounded))
+        assert value.dtype == rounded[4][name].dtype == np.float32
+        # Adam's steps are as long for rounded gradients, and most go the same way.
+        assert (
+            np.sign(moved[moved != 0]).dot(np.sign(other[moved != 0])) > 0.5 * (moved != 0).sum()
+        ), name
+
+
 def initial_rows(path, seed, settings=()):
     """The untrained item table's rows on this rank, and their first item."""
     item_table.INIT_BLOCK_ROWS = 7  # several blocks, none of which ends with a rank's rows
