@@ -13,6 +13,7 @@ PACKAGE = ROOT / "hstu_rec"
 # that may import each other without a cycle. The lazy names of hstu_rec/__init__.py are not imports.
 LAYERS = [
     {"trainer", "benchmark", "quality", "attention_benchmark"},
+    {"runs"},
     {"learner"},
     {"pipeline"},
     {"config", "comparison"},

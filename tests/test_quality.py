@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from hstu_rec import distributed
-from hstu_rec import quality as quality_module
+from hstu_rec import runs as runs_module
 from hstu_rec.comparison import METRICS, Measured, compared, draw, page, read_published
 from hstu_rec.config import RunConfig, load
-from hstu_rec.quality import PUBLISHED, TRAIN_APP, Run, finished, planned, quality
+from hstu_rec.quality import PUBLISHED, planned, quality
+from hstu_rec.runs import TRAIN_APP, Run, finished
 from tests.datasets import write_dataset
 from tests.results import PROTOCOL
 
@@ -94,14 +95,14 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bo
     """quality() with runs that are done at once."""
     (tmp_path / "fake.py").write_text(FAKE_APP)
     (tmp_path / "result.json").write_text(json.dumps(result_of(0.25)))
-    command = quality_module._command
+    command = runs_module._command
 
     def fake(*given: Any) -> list[str]:
         real = command(*given)
         return [sys.executable, str(tmp_path / "fake.py"), *real[real.index(str(TRAIN_APP)) + 1 :]]
 
-    monkeypatch.setattr(quality_module, "_command", fake)
-    monkeypatch.setattr(quality_module, "POLL_S", 0.01)
+    monkeypatch.setattr(runs_module, "_command", fake)
+    monkeypatch.setattr(runs_module, "POLL_S", 0.01)
     return lambda *arguments: quality([*arguments, f"quality.folder={tmp_path / 'out'}"])
 
 
@@ -297,7 +298,7 @@ def test_the_reason_of_a_failure_is_the_line_that_tells_it(
     run = Run(one, settings.seeds[0])
     run.log.parent.mkdir()
     run.log.write_text(log)
-    assert reason in quality_module._reason(run, 1)
+    assert reason in runs_module._reason(run, 1)
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(
@@ -342,7 +343,7 @@ def test_what_ends_the_measure_ends_its_runs(
     tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[subprocess.Popen[bytes]] = []
-    launch, sleep = quality_module._launch, quality_module.time.sleep
+    launch, sleep = runs_module._launch, runs_module.time.sleep
 
     def sleeping(*_: Any) -> list[str]:
         return [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -352,12 +353,12 @@ def test_what_ends_the_measure_ends_its_runs(
         return started[-1]
 
     def interrupt(_: float) -> None:
-        monkeypatch.setattr(quality_module.time, "sleep", sleep)
-        os.kill(os.getpid(), quality_module.signal.SIGTERM)
+        monkeypatch.setattr(runs_module.time, "sleep", sleep)
+        os.kill(os.getpid(), runs_module.signal.SIGTERM)
 
-    monkeypatch.setattr(quality_module, "_command", sleeping)
-    monkeypatch.setattr(quality_module, "_launch", kept)
-    monkeypatch.setattr(quality_module.time, "sleep", interrupt)
+    monkeypatch.setattr(runs_module, "_command", sleeping)
+    monkeypatch.setattr(runs_module, "_launch", kept)
+    monkeypatch.setattr(runs_module.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         quality([recipe, f"quality.folder={tmp_path / 'out'}", "quality.jobs=2"])
     assert [process.poll() for process in started] == [-15, -15]
