@@ -158,7 +158,12 @@ def compared(
 
 
 def _own_row(one: Measured, seen: str) -> Row:
-    """Mean and sample standard deviation over the recipe's seeds."""
+    """Mean and sample standard deviation over the recipe's seeds.
+
+    Told in the label where it counts: a model that learned how likely repeats are has ranked seen items by
+    it, where they are allowed; those published have not.
+    """
+    has_bias = seen == "seen_allowed" and one.changes.get("loss.use_seen_bias", False)
     results = list(one.results.values())
     values = {
         name: [result["test"][seen][name] for result in results]
@@ -173,7 +178,7 @@ def _own_row(one: Measured, seen: str) -> Row:
     ]
     return Row(
         kind="ours",
-        label=one.name,
+        label=f"{one.name} (seen bias)" if has_bias else one.name,
         means={name: statistics.fmean(numbers) for name, numbers in values.items()},
         stds={name: statistics.stdev(v) for name, v in values.items() if len(v) > 1},
         source="; ".join([one.file, *failed]),

@@ -152,6 +152,12 @@ def test_published_figures_stand_beside_their_own_data_set_and_protocol_only() -
     assert len(found) == 8
 
 
+def test_a_learned_seen_bias_is_told_where_seen_items_are_allowed() -> None:
+    recipes = [measured("a", [0.1], changes={"loss.use_seen_bias": True}), measured("b", [0.1])]
+    labels = {table.seen: [row.label for row in table.rows[:2]] for table in compared(recipes, {})}
+    assert labels == {"seen_masked": ["a", "b"], "seen_allowed": ["a (seen bias)", "b"]}
+
+
 def test_the_page_has_rows_of_the_recipes_the_published_and_the_baselines() -> None:
     recipes = [
         measured("a", [0.07, 0.09]),
