@@ -29,7 +29,8 @@ MEASURES: dict[str, Any] = {"step": compare_steps, "epoch": time_epochs, "curve"
 def main(arguments: list[str]) -> None:
     measure, options = "".join(arguments[:1]), arguments[1:]
     if {"help", "--help", "-h"} & set(arguments):
-        print(f"{__doc__}\n{help_text(QualitySettings)}")
+        keys = [help_text(QualitySettings), "Keys of attention:\n", help_text(AttentionTimes)]
+        print("\n".join([__doc__ or "", *keys]))
     elif measure == "quality":
         sys.exit(0 if quality(options) else 1)
     elif measure in (*MEASURES, "attention"):

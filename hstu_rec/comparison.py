@@ -47,6 +47,7 @@ class Measured:
     file: str
     data_path: str
     uses_query_time: bool
+    given: list[str]  # settings given besides the file
     changes: dict[str, Any]  # settings that are not the defaults
     folder: Path
     results: dict[int, dict[str, Any]]
@@ -63,6 +64,7 @@ class Row:
     source: str
     stds: dict[str, float] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=list)
+    valid: float | None = None  # validation value of the metric that chose the model
     train_s: float | None = None
     trained_on: str = ""
     commits: list[str] = field(default_factory=list)
@@ -181,7 +183,8 @@ def _own_row(one: Measured, seen: str) -> Row:
         label=f"{one.name} (seen bias)" if has_bias else one.name,
         means={name: statistics.fmean(numbers) for name, numbers in values.items()},
         stds={name: statistics.stdev(v) for name, v in values.items() if len(v) > 1},
-        source="; ".join([one.file, *failed]),
+        source="; ".join([" ".join([one.file, *one.given]), *failed]),
+        valid=statistics.fmean(map(_selected, results)) if results else None,
         seeds=list(one.results),
         train_s=statistics.fmean(t["train_s"] for t in timings) if timings else None,
         trained_on=_listed(
@@ -238,7 +241,8 @@ def details(measured: Sequence[Measured]) -> str:
     parts = ["## Details"]
     for one in measured:
         parts.append(f"### {one.name}")
-        parts.append(f"`{one.file}`, runs in `{one.folder}`. Settings that are not the defaults:")
+        command = " ".join([one.file, *one.given])
+        parts.append(f"`{command}`, runs in `{one.folder}`. Settings that are not the defaults:")
         parts.append(listing(one.changes, "setting") or "none")
     return "\n\n".join(parts) + "\n"
 
@@ -259,16 +263,23 @@ def _protocols(measured: Sequence[Measured], path: str) -> list[str]:
 def _cells(table: Table) -> Iterator[list[str]]:
     """The header, then one row for each method."""
     measured = [name for name in METRICS if any(name in row.means for row in table.rows)]
-    yield ["model", *measured, "seeds", "training", "commit", "source"]
+    yield ["model", "validation", *measured, "seeds", "training", "commit", "source"]
     for row in table.rows:
         yield [
             row.label,
+            "" if row.valid is None else f"{row.valid:.4f}",
             *(_value(row, name) for name in measured),
             _listed(map(str, row.seeds)) or ("none" if row.kind == "ours" else ""),
             _trained(row),
             _listed(row.commits),
             row.source.replace("|", "\\|"),
         ]
+
+
+def _selected(result: Mapping[str, Any]) -> float:
+    """The validation value that chose a run's model."""
+    seen, metric = result["protocol"]["selection_metric"].split("/")
+    return result["valid"][seen][metric]
 
 
 def _value(row: Row, metric: str) -> str:

@@ -220,6 +220,7 @@ def run_app(main: Callable[[list[str]], None]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
         sys.exit(130)
 
 

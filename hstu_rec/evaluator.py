@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hstu_rec import distributed
 from hstu_rec.data.dataset import Dataset
-from hstu_rec.data.stream import Split, eval_batches
+from hstu_rec.data.stream import EvalBatch, Split, eval_batches
 from hstu_rec.item_table import local_shards
 from hstu_rec.model import NextItemModel
 
@@ -277,7 +277,8 @@ def rank_metrics(ranks: Tensor, ks: Sequence[int]) -> dict[str, float]:
 def evaluate(
     sharded: Any, dataset: Dataset, split: Split, config: EvalConfig, device: torch.device
 ) -> dict[str, Any]:
-    """Metrics of a sharded NextItemModel: {"num_users", "seen_allowed": {...}, "seen_masked": {...}}.
+    """Metrics of a sharded NextItemModel: {"num_users", "num_repeated_targets", "seen_allowed": {...},
+    "seen_masked": {...}}.
 
     Collective; ranks may have no user at all. The model is left in the mode it was in.
     """
@@ -287,7 +288,7 @@ def evaluate(
     shard = _shard(sharded, model, dataset.num_items, device)
     max_history_len = model.encoder.config.max_history_len
     seen_score = model.loss.seen_score()
-    allowed, masked = [], []
+    allowed, masked, num_repeated = [], [], torch.tensor(0)
     for batch in eval_batches(dataset, split, max_history_len, config.batch_users):
         history = batch.history.to(device)
         vectors, target_vectors = sharded(history)
@@ -305,14 +306,23 @@ def evaluate(
             strict=True,
         ):
             collected.append(ranks)
+        num_repeated += _is_repeated(batch).sum()
     sharded.train(was_training)
     seen_allowed, seen_masked = torch.cat(allowed), torch.cat(masked)
     num_users = distributed.all_reduce_sum(torch.tensor(len(seen_allowed)))
     return {
         "num_users": int(num_users),
+        "num_repeated_targets": int(distributed.all_reduce_sum(num_repeated)),
         "seen_masked": rank_metrics(seen_masked, config.ks),
         "seen_allowed": rank_metrics(seen_allowed, config.ks),
     }
+
+
+def _is_repeated(batch: EvalBatch) -> Tensor:
+    """bool [B]: whether a user's target is among the items seen before it."""
+    targets = batch.history.target_ids
+    owner = torch.repeat_interleave(torch.arange(len(targets)), batch.seen_offsets.diff())
+    return torch.bincount(owner[batch.seen_ids == targets[owner]], minlength=len(targets)) > 0
 
 
 def _shard(

@@ -153,7 +153,9 @@ def _recipe(file: str, variant: str, shared: Sequence[str], folder: Path) -> Rec
     config, facts = resolved(config, dataset), identity_of_data(dataset.facts)
     content = json.dumps([identity(config), facts], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
-    return Recipe(file, variant, config, facts, folder / f"{Path(file).stem}-{digest}")
+    return Recipe(
+        file, tuple(shared), variant, config, facts, folder / f"{Path(file).stem}-{digest}"
+    )
 
 
 def _measured(recipe: Recipe, seeds: Sequence[int], failures: dict[Run, str]) -> Measured:
@@ -164,6 +166,7 @@ def _measured(recipe: Recipe, seeds: Sequence[int], failures: dict[Run, str]) ->
     return Measured(
         name=recipe.name,
         file=recipe.file,
+        given=[*recipe.given, *recipe.variant.split()],
         data_path=recipe.config.data.path,
         uses_query_time=recipe.config.encoder.query_time == "next",
         changes={k: v for k, v in identity(recipe.config).items() if v != defaults[k]},
@@ -178,7 +181,8 @@ def _write(folder: Path, measured: Sequence[Measured], tables: Sequence[Table]) 
     made_of = commit()
     opening = (
         f"{date.today()}{f', at commit {made_of}' if made_of else ''}. Test figures of this package: mean "
-        "± sample standard deviation over seeds. Training is the mean time of a run's steps, validations "
+        "± sample standard deviation over seeds. Validation is what chose the models; choose variants by it. "
+        "Training is the mean time of a run's steps, validations "
         "not counted; commit is what the runs were made with."
     )
     shown = page(measured, tables, opening)

@@ -127,7 +127,19 @@ def protocol_line(protocol: Mapping[str, Any]) -> str:
         f"Test: {protocol['num_users']:,} users, each ranked against all "
         f"{protocol['num_candidates']:,} items; {query_time_used(protocol['use_query_time'])}; "
         f"newest {protocol['max_history_len']} events of the history, which {verb} the validation "
-        f"item; model chosen by validation {protocol['selection_metric']}."
+        f"item; model chosen by validation {protocol['selection_metric']}.{_of_repeats(protocol)}"
+    )
+
+
+def _of_repeats(protocol: Mapping[str, Any]) -> str:
+    """What masking means where targets were seen before."""
+    share = protocol.get("num_repeated_targets", 0) / max(protocol["num_users"], 1)
+    if not share:
+        return ""
+    return (
+        f" {share:.1%} of the targets are repeats: targets are never masked, so that with seen items masked "
+        "these are easier to find than for a system that offers no repeats; hold that one against the rows "
+        "with seen items allowed."
     )
 
 

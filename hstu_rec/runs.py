@@ -39,6 +39,7 @@ class Recipe:
     """A YAML file, resolved with the overrides of all runs; equal to itself alone."""
 
     file: str
+    given: tuple[str, ...]  # settings given to all recipes
     variant: str  # of quality.variants, or ""
     config: RunConfig
     facts: dict[str, Any]  # of the data, as a result's protocol.data has them

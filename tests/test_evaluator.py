@@ -225,6 +225,9 @@ def test_the_learned_seen_bias_is_added_to_what_the_encoder_is_given_of_the_hist
     for part, ranks in (("seen_allowed", allowed), ("seen_masked", masked)):
         assert found[part] == pytest.approx(oracles.metrics(ranks, config.eval.ks), rel=1e-12)
     assert found["seen_allowed"] != found["seen_masked"]
+    targets = batch.history.target_ids.tolist()
+    is_repeated = [target in seen for target, seen in zip(targets, histories, strict=True)]
+    assert 0 < found["num_repeated_targets"] == sum(is_repeated) < len(targets)
 
 
 def test_metrics_of_known_ranks_are_these_fractions():

@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 
-from hstu_rec.report import FIRST_METRICS, metric_table, write_report
+from hstu_rec.report import FIRST_METRICS, metric_table, protocol_line, write_report
 from hstu_rec.tracking import Tracker, read_metrics
 from tests.results import PROTOCOL
 
@@ -154,3 +154,9 @@ def test_any_cut_offs_may_be_chosen(tmp_path, result):
     write_report(tmp_path, result, CONFIG)
     header = metric_table(result).splitlines()[2]
     assert header.split() == ["method", "seen", "items", "mrr", "recall@7", "ndcg@7"]
+
+
+def test_repeated_targets_are_told_where_masking_makes_them_easy() -> None:
+    assert "repeats" not in protocol_line({**PROTOCOL, "num_repeated_targets": 0})
+    line = protocol_line({**PROTOCOL, "num_users": 8, "num_repeated_targets": 3})
+    assert " 37.5% of the targets are repeats: targets are never masked" in line
