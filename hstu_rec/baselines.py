@@ -1,8 +1,11 @@
-"""Popularity and co-occurrence, ranked by the model's own rule, so that a run can be held against them.
+"""Popularity, co-occurrence and the user's own history, ranked by the model's own rule, so that a run can be
+held against them.
 
-Both are counted on the training part alone. Co-occurrence: an item's score is the sum over the last WINDOW
-events h of 2^-age c_hj (see co_occurrence), age 0 being the newest, with popularity to break ties. The
-pairs of all users are held in memory: for very large data set eval.with_baselines=false.
+Popularity and co-occurrence are counted on the training part alone. Own history: the user's items by how
+often, then how lately, they occurred, before all others by popularity; hard to beat where events repeat.
+Co-occurrence: an item's score is the sum over the last WINDOW events h of 2^-age c_hj (see co_occurrence),
+age 0 being the newest, with popularity to break ties. The pairs of all users are held in memory: for very
+large data set eval.with_baselines=false.
 """
 
 from collections.abc import Sequence
@@ -20,16 +23,21 @@ BATCH_USERS = 1024
 
 
 def baseline_metrics(dataset: Dataset, split: Split, ks: Sequence[int]) -> dict[str, Any]:
-    """{"popularity": {"seen_masked": {...}, "seen_allowed": {...}}, "co_occurrence": ...}. Collective."""
+    """{"popularity": {"seen_masked": {...}, "seen_allowed": {...}}, "own_history": ...,
+    "co_occurrence": ...}. Collective.
+    """
     popularity = dataset.train_counts.astype(np.float64)
     pairs = count_pairs(dataset)
-    ranks: dict[str, list[np.ndarray]] = {"popularity": [], "co_occurrence": []}
+    names = ("popularity", "own_history", "co_occurrence")
+    ranks: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for batch in eval_batches(dataset, split, WINDOW, BATCH_USERS):
         targets = batch.history.target_ids.numpy()
         user, item = _distinct_seen(batch, dataset.num_items)
         is_other = item != targets[user]
         user, item = user[is_other], item[is_other]
-        ranks["popularity"].append(_popularity_ranks(popularity, targets, user, item))
+        popular = _popularity_ranks(popularity, targets, user, item)
+        ranks["popularity"].append(popular)
+        ranks["own_history"].append(_own_history_ranks(batch, dataset.num_items, popular[1]))
         ranks["co_occurrence"].append(_co_occurrence_ranks(pairs, popularity, batch, (user, item)))
     result = {}
     for name, parts in ranks.items():
@@ -56,6 +64,27 @@ def _popularity_ranks(
     is_above = popularity[item] >= popularity[targets[user]]
     seen = np.bincount(user[is_above], minlength=len(targets))
     return np.stack([at_least - 1, at_least - 1 - seen])
+
+
+def _own_history_ranks(batch: EvalBatch, num_items: int, popular: np.ndarray) -> np.ndarray:
+    """int64 [2, Q]: ranks with seen items allowed and masked; `popular` [Q]: those of popularity, masked."""
+    targets, offsets = batch.history.target_ids.numpy(), batch.seen_offsets.numpy()
+    num_seen = np.diff(offsets)
+    owner = np.repeat(np.arange(len(targets)), num_seen)
+    keys, inverse, counts = np.unique(
+        owner * num_items + batch.seen_ids.numpy(), return_inverse=True, return_counts=True
+    )
+    last = np.zeros(len(keys), dtype=np.int64)
+    last[inverse] = np.arange(len(owner)) - offsets[owner]  # the latest assignment stays
+    strength = counts * (num_seen.max(initial=0) + 1) + last
+    wanted = np.arange(len(targets)) * num_items + targets
+    place = np.searchsorted(keys, wanted).clip(max=max(len(keys) - 1, 0))
+    is_seen = keys[place] == wanted if len(keys) else np.zeros(len(targets), dtype=bool)
+    own = np.where(is_seen, strength[place] if len(keys) else 0, 0)
+    user = keys // num_items
+    above = np.bincount(user[strength > own[user]], minlength=len(targets))
+    rest = np.where(is_seen, 0, popular)
+    return np.stack([above + rest, rest])
 
 
 def _co_occurrence_ranks(

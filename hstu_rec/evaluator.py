@@ -105,7 +105,9 @@ def rank_targets(
     )
     seen = _distinct_seen(everyone, shard)
     target_scores = _exact_scores(everyone.vectors, everyone.target_vectors)
-    target_scores[seen.owners[seen.is_target]] += seen_score * seen.is_recent[seen.is_target]
+    target_scores[seen.owners[seen.is_target]] += (
+        seen_score * seen.is_recent[seen.is_target].double()
+    )
     with _true_float32(queries.vectors.device):
         at_least = _count_at_least(everyone, target_scores, shard, chunk_items)
     seen_at_least = _count_seen_at_least(everyone, target_scores, shard, seen, seen_score)
@@ -245,7 +247,11 @@ def _count_seen_at_least(
     counts = target_scores.new_zeros((2, len(target_scores)), dtype=torch.int64)
     local = seen.items - shard.first_id
     is_mine = (local >= 0) & (local < len(shard.vectors)) & ~seen.is_target
-    row, local, added = seen.owners[is_mine], local[is_mine], seen_score * seen.is_recent[is_mine]
+    row, local, added = (
+        seen.owners[is_mine],
+        local[is_mine],
+        seen_score * seen.is_recent[is_mine].double(),
+    )
     for part in _slices(len(row), shard.vectors.shape[1], MAX_EXACT_NUMBERS):
         scores = _exact_scores(queries.vectors[row[part]], shard.vectors[local[part]])
         for count, score in zip(counts, (scores, scores + added[part]), strict=True):

@@ -8,7 +8,8 @@
     test       {"seen_masked": PART, "seen_allowed": PART}, where PART has mrr, any recall@k and any
                ndcg@k; mrr and, at 5 and 10, what one part has all have, and these are shown first
     valid      the same two parts, or the metrics themselves
-    baselines  {"popularity": {"seen_masked": PART, "seen_allowed": PART}, "co_occurrence": ...}
+    baselines  {"popularity": {"seen_masked": PART, "seen_allowed": PART}, "own_history": ...,
+               "co_occurrence": ...}
                or {}
     timing     prepare_s (None when the dataset does not tell), train_s, events_per_s
     versions   {"torch": "2.13.0", ...}

@@ -60,7 +60,8 @@ def _order_above(score: Sequence[Any], target: int, history: Sequence[int]) -> t
 def baseline_ranks(
     sequences: Sequence[Sequence[int]], num_items: int, num_held_out: int, window: int
 ) -> dict[str, list[tuple[int, int]]]:
-    """{"popularity" | "co_occurrence": (allowed, masked) ranks by user}; targets num_held_out from the end.
+    """{"popularity" | "own_history" | "co_occurrence": (allowed, masked) ranks by user}; targets num_held_out
+    from the end.
 
     Users of at least three events hold two of them out of training.
     """
@@ -72,7 +73,7 @@ def baseline_ranks(
             for b, right in enumerate(events):
                 if 0 < abs(a - b) <= window and left != right:
                     together[left, right] += 2 / 2 ** abs(a - b)
-    found: dict[str, list[tuple[int, int]]] = {"popularity": [], "co_occurrence": []}
+    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for events in sequences:
         if len(events) < 3:
             continue
@@ -89,5 +90,12 @@ def baseline_ranks(
             for item in range(num_items)
         ]
         found["popularity"].append(_order_above(popular, target, history))
+        own = [
+            (history.count(item), len(history) - 1 - history[::-1].index(item), 0)
+            if item in history
+            else (0, -1, popularity[item])
+            for item in range(num_items)
+        ]
+        found["own_history"].append(_order_above(own, target, history))
         found["co_occurrence"].append(_order_above(near, target, history))
     return found

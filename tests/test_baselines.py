@@ -1,4 +1,4 @@
-"""Popularity and co-occurrence against their slow definition, and on Amazon Beauty."""
+"""The baselines against their slow definition, and on Amazon Beauty."""
 
 import time
 from pathlib import Path
@@ -28,12 +28,13 @@ def random_sequences(seed, num_users=40, num_items=30):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("split", "num_held_out"), [("valid", 2), ("test", 1)])
-def test_both_rows_equal_their_slow_definition(tmp_path, monkeypatch, split, num_held_out, seed):
+def test_all_rows_equal_their_slow_definition(tmp_path, monkeypatch, split, num_held_out, seed):
     monkeypatch.setattr(baselines, "BATCH_USERS", 7)
     sequences = random_sequences(seed)
     result = baseline_metrics(write_dataset(tmp_path / "data", sequences, num_items=33), split, KS)
     expected = oracles.baseline_ranks(sequences, 33, num_held_out, WINDOW)
-    for name in ("popularity", "co_occurrence"):
+    assert result.keys() == expected.keys()
+    for name in expected:
         allowed, masked = zip(*expected[name], strict=True)
         assert result[name]["seen_allowed"] == pytest.approx(oracles.metrics(allowed, KS))
         assert result[name]["seen_masked"] == pytest.approx(oracles.metrics(masked, KS))
@@ -44,6 +45,14 @@ def test_co_occurrence_finds_a_planted_companion_that_popularity_does_not(tmp_pa
     result = baseline_metrics(write_dataset(tmp_path / "data", pairs), "test", KS)
     assert result["co_occurrence"]["seen_allowed"]["recall@5"] == 1
     assert result["popularity"]["seen_allowed"]["recall@1"] == 0
+
+
+def test_what_a_user_repeats_most_comes_first_and_of_equals_the_latest(tmp_path):
+    sequences = [[1, 2, 2, 3, 1, 9, target] for target in (1, 2, 3, 9)] * 3
+    result = baseline_metrics(write_dataset(tmp_path / "data", sequences), "test", [1, 2, 3, 4])
+    allowed = result["own_history"]["seen_allowed"]
+    assert [allowed[f"recall@{k}"] for k in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1]
+    assert allowed["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 4 + 1 / 3) / 4)
 
 
 def test_held_out_events_are_not_counted(tmp_path):
@@ -68,6 +77,9 @@ def test_beauty_gives_these_fractions(tmp_path):
     assert hits == {
         ("popularity", "seen_masked"): 245,
         ("popularity", "seen_allowed"): 238,
+        # Nobody's item repeats there: popularity, after the history where that is allowed.
+        ("own_history", "seen_masked"): 245,
+        ("own_history", "seen_allowed"): 130,
         ("co_occurrence", "seen_masked"): 1703,
         ("co_occurrence", "seen_allowed"): 1583,
     }

@@ -306,7 +306,7 @@ def test_every_configuration_in_the_tree_is_valid(name: str) -> None:
     [
         (ValueError("optim.lr must be above 0"), 2, "error: optim.lr must be above 0\n"),
         (FileNotFoundError("no such folder"), 2, "error: no such folder\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "stopped\n"),
     ],
 )
 def test_a_mistake_of_the_user_is_a_sentence_and_an_exit_code(
