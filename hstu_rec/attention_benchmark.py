@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -90,6 +91,15 @@ class Shape:
         return lengths[: max(1, int(np.searchsorted(lengths.cumsum(), num_events)))]
 
 
+class Form(NamedTuple):
+    """How attention is computed."""
+
+    kernel: AttentionKernel
+    has_bias: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
 def attention_times(config: AttentionTimes, device: torch.device) -> Iterator[str]:
     """Lines of a table, bfloat16, forward / forward and backward in ms."""
     is_cuda = device.type == "cuda"
@@ -98,49 +108,33 @@ def attention_times(config: AttentionTimes, device: torch.device) -> Iterator[st
     for text in config.shapes:
         shape = Shape.of(text)
         lengths = shape.lengths(config.num_events or (131_072 if is_cuda else 4096))
-        cells = []
-        if is_cuda:
-            cells += [
-                _cell(shape, lengths, "triton", bias, dtype, device, config)
-                for bias in (False, True)
-            ]
+        forms = [Form("triton", bias, dtype, device) for bias in (False, True) if is_cuda]
         if shape.longest <= MAX_PLAIN_LENGTH or not is_cuda:
-            cells.append(_cell(shape, lengths, "grouped", True, dtype, device, config))
+            forms.append(Form("grouped", True, dtype, device))
+        cells = [_cell(shape, lengths, form, config.repeats) for form in forms]
         yield f"{text:20s} {len(lengths):5d} users {lengths.sum():7d} events  {'  '.join(cells)}"
 
 
-def _cell(
-    shape: Shape,
-    lengths: np.ndarray,
-    kernel: AttentionKernel,
-    has_bias: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-    config: AttentionTimes,
-) -> str:
-    """Figures of one kernel on one shape."""
-    forward, inputs = _attention(shape, lengths, kernel, has_bias, dtype, device)
+def _cell(shape: Shape, lengths: np.ndarray, form: Form, repeats: int) -> str:
+    """Figures of one form of attention on one shape."""
+    forward, inputs = _attention(shape, lengths, form)
     grad = torch.randn_like(forward())
 
     def both() -> None:
         torch.autograd.grad(forward(), inputs, grad)
 
     flops = 2 * shape.width * shape.num_heads * float((lengths.astype(float) ** 2).sum())
-    times = [_median_s(work, config.repeats, device) for work in (forward, both)]
+    times = [_median_s(work, repeats, form.device) for work in (forward, both)]
     rates = [flops / times[0] / 1e12, flops * (1 + BACKWARD_FLOPS) / times[1] / 1e12]
-    what = f"{kernel} {'with' if has_bias else 'no'} bias"
+    what = f"{form.kernel} {'with' if form.has_bias else 'no'} bias"
     return f"{what} {times[0] * 1e3:.2f} / {times[1] * 1e3:.2f} ({rates[0]:.3g} / {rates[1]:.3g})"
 
 
 def _attention(
-    shape: Shape,
-    lengths: np.ndarray,
-    kernel: AttentionKernel,
-    has_bias: bool,
-    dtype: torch.dtype,
-    device: torch.device,
+    shape: Shape, lengths: np.ndarray, form: Form
 ) -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
     """(the attention of a random batch, the tensors it has gradients of)."""
+    kernel, has_bias, dtype, device = form
     torch.manual_seed(0)
     offsets = torch.from_numpy(np.append(0, lengths.cumsum()))
     total = int(offsets[-1])
