@@ -78,12 +78,11 @@ def _own_history_ranks(batch: EvalBatch, num_items: int, popular: np.ndarray) ->
     last[inverse] = np.arange(len(owner)) - offsets[owner]  # the latest assignment stays
     strength = counts * (num_seen.max(initial=0) + 1) + last
     wanted = np.arange(len(targets)) * num_items + targets
-    place = np.searchsorted(keys, wanted).clip(max=max(len(keys) - 1, 0))
-    is_seen = keys[place] == wanted if len(keys) else np.zeros(len(targets), dtype=bool)
-    own = np.where(is_seen, strength[place] if len(keys) else 0, 0)
+    own = _values_of(wanted, keys, strength)
     user = keys // num_items
     above = np.bincount(user[strength > own[user]], minlength=len(targets))
-    rest = np.where(is_seen, 0, popular)
+    # Every seen item has a strength above 0.
+    rest = np.where(own > 0, 0, popular)
     return np.stack([above + rest, rest])
 
 
@@ -112,11 +111,7 @@ def _co_occurrence_ranks(
 
     def score_of(user: np.ndarray, item: np.ndarray) -> np.ndarray:
         """Score of each pair, 0 for items that occur with nothing of the history."""
-        wanted = user * num_items + item
-        place = np.searchsorted(keys, wanted).clip(max=max(len(keys) - 1, 0))
-        if not len(keys):
-            return np.zeros(len(wanted))
-        return np.where(keys[place] == wanted, scores[place], 0.0)
+        return _values_of(user * num_items + item, keys, scores)
 
     own = score_of(np.arange(len(targets)), targets)
 
@@ -138,3 +133,11 @@ def _co_occurrence_ranks(
     seen_above = is_above(seen_user, seen_item, score_of(seen_user, seen_item))
     masked = ranks - np.bincount(seen_user[seen_above], minlength=len(targets))
     return np.stack([ranks, masked])
+
+
+def _values_of(wanted: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The values of `wanted` among the sorted `keys`; 0 for those that are not there."""
+    if not len(keys):
+        return np.zeros(len(wanted), dtype=values.dtype)
+    place = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
+    return np.where(keys[place] == wanted, values[place], 0)
