@@ -44,8 +44,9 @@ class EncoderConfig:
     """Longest history in events (the newest are kept), and the n that silu attention is divided by."""
     attention: AttentionKind = "silu"
     """silu(q.k + bias) / n (HSTU) or softmax(q.k / sqrt(A) + bias) (SASRec)."""
-    attention_kernel: AttentionKernel = "grouped"
-    """grouped: plain torch, users of like length together. triton: fused, on CUDA."""
+    attention_kernel: Literal["auto", "grouped", "triton"] = "auto"
+    """grouped: plain torch, users of like length together, on any device. triton: fused, on CUDA. auto:
+    triton on CUDA (float64 excepted), else grouped."""
     use_gate: bool = True
     """Multiplies the normed attention output by U, and passes the projections through silu."""
     ffn_dim: int = 0
@@ -267,6 +268,13 @@ class HSTUEncoder(nn.Module):
         self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_layers))
         self.final_norm = make_norm(config.final_norm, config.dim)
 
+    def attention_kernel(self, dtype: torch.dtype = torch.float32) -> AttentionKernel:
+        """What "auto" stands for on the encoder's device, with products in `dtype`."""
+        if self.config.attention_kernel != "auto":
+            return self.config.attention_kernel
+        is_fused = next(self.parameters()).device.type == "cuda" and dtype != torch.float64
+        return "triton" if is_fused else "grouped"
+
     def layout(
         self,
         offsets: Tensor,
@@ -285,9 +293,8 @@ class HSTUEncoder(nn.Module):
             if config.query_time == "next" and next_timestamps is None:
                 raise ValueError("query_time='next' needs next_timestamps (int64 [T], s)")
             times = (timestamps, next_timestamps if config.query_time == "next" else None)
-        return jagged_layout(
-            offsets, config.num_heads, *times, kernel=config.attention_kernel, dtype=dtype
-        )
+        kernel = self.attention_kernel(dtype)
+        return jagged_layout(offsets, config.num_heads, *times, kernel=kernel, dtype=dtype)
 
     def forward(
         self,

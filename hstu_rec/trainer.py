@@ -289,7 +289,6 @@ def _opening(config: RunConfig, dataset: Dataset, learner: Learner, folder: Path
             f"loss        softmax, negatives {loss.negatives}{count}, {loss.similarity}"
             + (", seen bias" if loss.use_seen_bias else ""),
             f"device      {learner.device}, {distributed.world_size()} processes, "
-            f"{config.train.precision}, attention kernel "
-            f"{config.encoder.attention_kernel}",
+            f"{config.train.precision}, attention kernel {learner.encoder.attention_kernel()}",
         ]
     )

@@ -141,6 +141,7 @@ def copied_into_nan(x, device, dtype):
     return around.to(device, dtype)[inside].copy_(x).requires_grad_()
 
 
+@pytest.mark.usefixtures("repeatable")
 def test_what_lies_around_the_inputs_is_not_read(monkeypatch):
     inputs, offsets, times = make_inputs(LENGTHS["odd"])
     expected = compared(inputs, offsets, times)
