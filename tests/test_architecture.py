@@ -19,7 +19,7 @@ LAYERS = [
     {"config", "comparison"},
     {"report", "baselines"},
     {"evaluator"},
-    {"model", "hstu", "co_occurrence"},
+    {"model", "hstu", "co_occurrence", "attention_forms"},
     {"encoder", "loss", "item_table"},
     {"seen"},
     {"softmax", "data", "ops"},

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from hstu_rec import distributed
-from hstu_rec.attention_benchmark import AttentionTimes, Shape, attention_times
+from hstu_rec.attention_benchmark import AttentionTimes, attention_times
+from hstu_rec.attention_forms import FORMS, Batch, Shape, padded
 from hstu_rec.benchmark import figures_by_epoch
 from hstu_rec.config import RunConfig, load
+from hstu_rec.ops import jagged_attention_reference
 from hstu_rec.trainer import train
 from tests.datasets import write_dataset
 
@@ -50,21 +52,50 @@ def test_a_curve_needs_the_cut_off_that_it_shows(settings):
         next(figures_by_epoch(config, torch.device("cpu")))
 
 
-def test_attention_is_timed_by_shape_on_cpu_as_well():
+def test_attention_is_timed_by_shape_and_form_on_cpu_as_well():
     config = load(
         AttentionTimes, ["shapes=[2x8-uniform-20,1x4-power-64]", "num_events=200", "repeats=2"]
     )
     head, *lines = attention_times(config, torch.device("cpu"))
-    assert head.startswith("torch.float32; ms")
-    names = ["2x8-uniform-20", "1x4-power-64"]
-    assert [line.split()[0] for line in lines] == names
-    for name, line in zip(names, lines, strict=True):
-        num_users, num_events = (int(word) for word in re.findall(r" (\d+) (?:users|events)", line))
+    assert head.startswith("torch.float32; forward")
+    size = 1 + len(FORMS)
+    assert len(lines) == 2 * size
+    for index, name in enumerate(["2x8-uniform-20", "1x4-power-64"]):
+        shape, *forms = lines[index * size : (index + 1) * size]
         lengths = Shape.of(name).lengths(200)
-        assert (num_users, num_events) == (len(lengths), lengths.sum())
-        assert 100 < num_events <= 200 and lengths.max() <= Shape.of(name).longest
-        forward, both = (float(ms) for ms in re.findall(r"bias ([\d.]+) / ([\d.]+)", line)[0])
-        assert forward > 0 and both > 0
+        assert shape == f"{name}: {len(lengths)} users, {lengths.sum()} events"
+        assert 100 < lengths.sum() <= 200 and lengths.max() <= Shape.of(name).longest
+        for form, line in zip(FORMS, forms, strict=True):
+            assert line.startswith(f"  {form} ")
+            if form.startswith("compiled") or form in ("varlen softmax", "peer"):
+                assert " none: " in line
+                continue
+            forward, both = re.findall(r"([\d.]+) / +([\d.]+) ms", line)[0]
+            assert float(forward) > 0 and float(both) > 0 and float(line.split()[-1]) > 0
+        assert forms[0].endswith("x 1.00")
+
+
+def test_the_padded_forms_are_the_attention_of_the_reference():
+    lengths = torch.tensor([7, 7, 7])
+    batch = Batch(Shape(2, 3, "full", 7), lengths, torch.float64, torch.device("cpu"))
+    attend, (q, k, v, position, time) = padded(batch, has_bias=True, is_compiled=False)
+    times = attend.args[3]
+    rows = (x.detach().flatten(0, 1) for x in (q, k, v))
+    expected = jagged_attention_reference(
+        *rows,
+        batch.offsets,
+        kind="silu",
+        scale=1 / 7,
+        position_bias=position.detach(),
+        time_bias=time.detach(),
+        timestamps=times.flatten(),
+    )
+    torch.testing.assert_close(attend().detach().flatten(0, 1), expected)
+
+
+def test_a_form_of_another_name_is_refused():
+    with pytest.raises(ValueError, match=r"forms must be of .*; got \['fast'\]"):
+        load(AttentionTimes, ["forms=[fast]"])
 
 
 @pytest.mark.parametrize("shape", ["4x128", "4x128-wide-5", "0x8-full-9", "axb-full-9"])
