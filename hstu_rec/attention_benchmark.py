@@ -117,11 +117,11 @@ def _cost(make: Callable[[], Attention], repeats: int, device: torch.device) -> 
     def both() -> None:
         torch.autograd.grad(forward(), inputs, grad)
 
-    gib = _peak_gib(both, device)
+    gib = peak_gib(both, device)
     return Cost(median_s(forward, repeats, device), median_s(both, repeats, device), gib)
 
 
-def _peak_gib(work: Callable[[], object], device: torch.device) -> float:
+def peak_gib(work: Callable[[], object], device: torch.device) -> float:
     """GiB of the device beyond what is there before; nan on CPU, which does not tell."""
     if device.type != "cuda":
         return math.nan

@@ -3,22 +3,41 @@ figure is reached."""
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import date
+from typing import Any
 
 import torch
 
 from hstu_rec import distributed
-from hstu_rec.config import RunConfig
+from hstu_rec.config import RunConfig, load
 from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.stream import TrainStream
 from hstu_rec.evaluator import evaluate
 from hstu_rec.learner import Learner
+from hstu_rec.versions import versions
+
+Measure = Callable[[Any, torch.device], Iterator[str]]
 
 NUM_STEPS = 30
 NUM_WARM_UP_STEPS = 3
 NUM_EPOCHS = 3
+
+
+def print_lines(schema: type, measure: Measure, options: list[str]) -> None:
+    """Prints what `measure` says of the settings that `options` give, headed by date, device and versions.
+    Collective."""
+    config: Any = load(schema, options)
+    choice = config.train.device if schema is RunConfig else "auto"
+    with distributed.process_group(choice) as device:
+        if distributed.is_main():
+            name = distributed.device_name(device)
+            print(f"{date.today()}  {distributed.world_size()} processes on {name}  {versions()}")
+        for line in measure(config, device):
+            if distributed.is_main():
+                print(line, flush=True)
 
 
 def padded(batch: SequenceBatch, length: int) -> SequenceBatch:

@@ -11,6 +11,7 @@ from hstu_rec.attention_benchmark import AttentionTimes, attention_times
 from hstu_rec.attention_forms import FORMS, Batch, Shape, padded
 from hstu_rec.benchmark import figures_by_epoch
 from hstu_rec.config import RunConfig, load
+from hstu_rec.loss_benchmark import LossTimes, chunked_loss, loss_times, plain_loss
 from hstu_rec.ops import jagged_attention_reference
 from hstu_rec.trainer import train
 from tests.datasets import write_dataset
@@ -102,3 +103,41 @@ def test_a_form_of_another_name_is_refused():
 def test_a_shape_of_another_form_is_refused(shape):
     with pytest.raises(ValueError, match=f"shapes must be like 4x128-uniform-1024; got '{shape}'"):
         load(AttentionTimes, [f"shapes=[{shape}]"])
+
+
+def test_the_loss_is_timed_on_cpu_as_well():
+    config = load(LossTimes, ["cases=[30x8-50,9x4-1]", "repeats=2"])
+    head, *lines = loss_times(config, torch.device("cpu"))
+    assert head.startswith("tf32; forward + backward")
+    assert [line.split()[0] for line in lines] == [
+        "30x8-50",
+        "chunked",
+        "plain",
+        "9x4-1",
+        "chunked",
+        "plain",
+    ]
+    assert lines[1].endswith("x 1.00") and float(lines[2].split()[1]) > 0
+
+
+def test_both_forms_of_the_loss_are_the_same_function():
+    torch.manual_seed(2)
+    leaves = [torch.randn(n, 8, requires_grad=True) for n in (30, 30, 50)]
+    ids = torch.randint(0, 50, (30,))
+    found = [form(*leaves, ids) for form in (chunked_loss, plain_loss)]
+    torch.testing.assert_close(*found)
+    grads = [torch.autograd.grad(loss, leaves) for loss in found]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("cases=[30-4]", "cases must be like 16384x128-2048; got '30-4'"),
+        ("precision=bfloat16", "precision must be float32 or tf32"),
+        ("repeats=0", "repeats must be at least 1; got 0"),
+    ],
+)
+def test_bad_settings_of_the_loss_are_refused(setting, problem):
+    with pytest.raises(ValueError, match=problem):
+        load(LossTimes, [setting])

@@ -1,0 +1,112 @@
+"""Times of the softmax loss alone: in chunks with gradients in the same pass, and plain torch."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hstu_rec import distributed
+from hstu_rec.attention_benchmark import median_s, peak_gib
+from hstu_rec.distributed import Precision
+from hstu_rec.loss import LossConfig, SampledSoftmax
+from hstu_rec.softmax import Negatives
+
+TEMPERATURE = 0.05
+CASES = {
+    "cuda": ("16384x128-2048", "4096x128-1000000"),
+    "cpu": ("2048x64-2048", "256x64-100000"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Queries of a width and the candidates that they share."""
+
+    num_queries: int
+    width: int
+    num_candidates: int
+
+    @classmethod
+    def of(cls, text: str) -> "Case":
+        """Raises ValueError for a text of another form than 16384x128-2048."""
+        queries, candidates = text.split("-")
+        num_queries, width = queries.split("x")
+        case = cls(int(num_queries), int(width), int(candidates))
+        if min(case.num_queries, case.width, case.num_candidates) < 1:
+            raise ValueError(text)
+        return case
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTimes:
+    """What is timed."""
+
+    cases: list[str] = field(default_factory=list)
+    """Queries x width - candidates, negatives that all queries share or a whole catalogue, like
+    16384x128-2048; a few of either when empty."""
+    precision: Precision = "tf32"
+    """Of the products of float32 on CUDA, as train.precision."""
+    repeats: int = 20
+    """Times that each is run, after three to warm up; the median is shown."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, a sentence each."""
+        found = [] if self.repeats > 0 else [f"repeats must be at least 1; got {self.repeats}"]
+        if self.precision == "bfloat16":
+            found.append("precision must be float32 or tf32: the loss is never in bfloat16")
+        for case in self.cases:
+            try:
+                Case.of(case)
+            except ValueError:
+                found.append(f"cases must be like 16384x128-2048; got '{case}'")
+        return found
+
+
+def loss_times(config: LossTimes, device: torch.device) -> Iterator[str]:
+    """Lines of a table, the forms of a case one after another: forward and backward."""
+    distributed.use_precision(config.precision)
+    yield f"{config.precision}; forward + backward; memory beyond the inputs; times the first form"
+    for text in config.cases or CASES[device.type]:
+        case, first = Case.of(text), math.nan
+        yield text
+        for name, form in (("chunked", chunked_loss), ("plain", plain_loss)):
+            torch.manual_seed(0)
+            sizes = (case.num_queries, case.num_queries, case.num_candidates)
+            leaves = [torch.randn(n, case.width, device=device).requires_grad_() for n in sizes]
+            ids = torch.randint(0, case.num_candidates, sizes[:1], device=device)
+            work = partial(_gradients, form, leaves, ids)
+            try:
+                gib = peak_gib(work, device)
+                seconds = median_s(work, config.repeats, device)
+            except torch.OutOfMemoryError:
+                yield f"  {name:8s} out of memory"
+                continue
+            first = seconds if math.isnan(first) else first
+            yield f"  {name:8s} {seconds * 1e3:9.2f} ms  {gib:6.2f} GiB  x {seconds / first:.2f}"
+
+
+def _gradients(
+    form: Callable[..., Tensor], leaves: list[Tensor], ids: Tensor
+) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(form(*leaves, ids), leaves)
+
+
+def chunked_loss(encoded: Tensor, targets: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+    """This package's loss of queries and targets [P, D], int64 ids [P], against rows [R, D]: a scalar."""
+    loss = SampledSoftmax(LossConfig(temperature=TEMPERATURE))
+    candidates = torch.arange(len(rows), device=rows.device)
+    return loss(encoded, targets, ids, rows, Negatives(candidates))
+
+
+def plain_loss(encoded: Tensor, targets: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+    """The same with all logits held."""
+    encoded, targets, rows = (functional.normalize(x, dim=-1) for x in (encoded, targets, rows))
+    logits = encoded @ rows.T / TEMPERATURE
+    own = (encoded * targets).sum(-1, keepdim=True) / TEMPERATURE
+    is_target = torch.arange(len(rows), device=rows.device) == ids[:, None]
+    logits = torch.cat([own, logits.masked_fill(is_target, -torch.inf)], dim=1)
+    return functional.cross_entropy(logits, torch.zeros_like(ids), reduction="sum")
