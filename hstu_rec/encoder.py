@@ -5,7 +5,7 @@ With `attention="softmax"`, `use_gate=False` and an FFN the same encoder is SASR
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,9 @@ class EncoderConfig:
     """silu(q.k + bias) / n (HSTU) or softmax(q.k / sqrt(A) + bias) (SASRec)."""
     attention_kernel: Literal["auto", "grouped", "triton"] = "auto"
     """grouped: plain torch, users of like length together, on any device. triton: fused, on CUDA. auto:
-    triton on CUDA (float64 excepted), else grouped."""
+    triton on CUDA (but for float64, candidates and a window), else grouped."""
+    window: int = 0
+    """Newest events that an event attends to, itself among them; 0 for all."""
     use_gate: bool = True
     """Multiplies the normed attention output by U, and passes the projections through silu."""
     ffn_dim: int = 0
@@ -81,7 +83,7 @@ class EncoderConfig:
         for name in ("dim", "num_layers", "num_heads", "max_history_len"):
             if getattr(self, name) < 1:
                 found.append(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("attention_dim", "value_dim", "ffn_dim"):
+        for name in ("attention_dim", "value_dim", "ffn_dim", "window"):
             if getattr(self, name) < 0:
                 found.append(f"{name} must be at least 0; got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
@@ -268,12 +270,15 @@ class HSTUEncoder(nn.Module):
         self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_layers))
         self.final_norm = make_norm(config.final_norm, config.dim)
 
-    def attention_kernel(self, dtype: torch.dtype = torch.float32) -> AttentionKernel:
+    def attention_kernel(
+        self, dtype: torch.dtype = torch.float32, has_targets: bool = False
+    ) -> AttentionKernel:
         """What "auto" stands for on the encoder's device, with products in `dtype`."""
         if self.config.attention_kernel != "auto":
             return self.config.attention_kernel
-        is_fused = next(self.parameters()).device.type == "cuda" and dtype != torch.float64
-        return "triton" if is_fused else "grouped"
+        is_plain = has_targets or self.config.window > 0 or dtype == torch.float64
+        is_cuda = next(self.parameters()).device.type == "cuda"
+        return "triton" if is_cuda and not is_plain else "grouped"
 
     def layout(
         self,
@@ -281,6 +286,7 @@ class HSTUEncoder(nn.Module):
         timestamps: Tensor | None = None,
         next_timestamps: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
+        num_targets: Tensor | None = None,
     ) -> JaggedLayout:
         """How the layers cut a batch, from the arguments of `forward`: to make it ahead, on any device.
 
@@ -293,8 +299,9 @@ class HSTUEncoder(nn.Module):
             if config.query_time == "next" and next_timestamps is None:
                 raise ValueError("query_time='next' needs next_timestamps (int64 [T], s)")
             times = (timestamps, next_timestamps if config.query_time == "next" else None)
-        kernel = self.attention_kernel(dtype)
-        return jagged_layout(offsets, config.num_heads, *times, kernel=kernel, dtype=dtype)
+        kernel = self.attention_kernel(dtype, num_targets is not None)
+        who: Any = {"num_targets": num_targets, "window": config.window}
+        return jagged_layout(offsets, config.num_heads, *times, kernel=kernel, dtype=dtype, **who)
 
     def forward(
         self,
@@ -303,8 +310,9 @@ class HSTUEncoder(nn.Module):
         timestamps: Tensor | None = None,
         next_timestamps: Tensor | None = None,
         layout: JaggedLayout | None = None,
+        num_targets: Tensor | None = None,
     ) -> Tensor:
-        """One query vector for every event: [T, D].
+        """One query vector for every event, or candidate: [T, D].
 
         Args:
             x: [T, D] item vectors, users one after another, oldest event first.
@@ -312,16 +320,26 @@ class HSTUEncoder(nn.Module):
             timestamps: int64 [T] in s, needed with `use_time_bias` or a calendar.
             next_timestamps: int64 [T] in s, needed with `query_time="next"`: the time of the event to
                 predict, which at serving is the time of the request.
-            layout: `self.layout(offsets, timestamps, next_timestamps)`, when it was made ahead.
+            layout: `self.layout(...)` of the same arguments, when it was made ahead.
+            num_targets: int64 [B], how many of each user's newest rows are candidates: they see the history
+                and themselves, not each other, and stand where the next event would (arXiv 2402.17152,
+                section 3.4). After a history of max_history_len events its last place is theirs too.
         """
         if layout is None:
             kind = x.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            layout = self.layout(offsets, timestamps, next_timestamps, dtype)
+            layout = self.layout(offsets, timestamps, next_timestamps, dtype, num_targets)
         if self.position_embedding is not None:
             lengths = offsets[1:] - offsets[:-1]
-            first = torch.repeat_interleave(offsets[:-1], lengths, output_size=x.shape[0])
-            x = x + self.position_embedding[torch.arange(x.shape[0], device=x.device) - first]
+            size = x.shape[0]
+            first = torch.repeat_interleave(offsets[:-1], lengths, output_size=size)
+            place = torch.arange(size, device=x.device) - first
+            if num_targets is not None:
+                next_place = torch.repeat_interleave(
+                    lengths - num_targets, lengths, output_size=size
+                )
+                place = torch.minimum(place, next_place).clamp(max=len(self.position_embedding) - 1)
+            x = x + self.position_embedding[place]
         for calendar, times, name in (
             (self.calendar, timestamps, "timestamps"),
             (self.next_calendar, next_timestamps, "next_timestamps"),

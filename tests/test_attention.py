@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from hstu_rec.ops import grouped, jagged_attention, jagged_attention_reference, time_bucket
+from hstu_rec.ops import (
+    grouped,
+    jagged_attention,
+    jagged_attention_reference,
+    jagged_layout,
+    time_bucket,
+)
 from hstu_rec.ops.grouped import length_groups
 
 LENGTHS = {
@@ -58,6 +64,76 @@ def test_grouped_attention_equals_the_reference_with_every_gradient(
         torch.testing.assert_close(
             ours, expected, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("kind", ["silu", "softmax"])
+@pytest.mark.parametrize("bias_rows", [1, 3])
+@pytest.mark.parametrize("window", [0, 1, 6, 100])
+@pytest.mark.parametrize(
+    "num_targets", [None, [0, 0, 0, 0, 0], [1, 0, 9, 4, 2]], ids=["history", "none", "candidates"]
+)
+def test_candidates_and_windows_equal_the_reference_with_every_gradient(
+    kind, bias_rows, window, num_targets
+):
+    tensors, offsets, times = make_inputs([5, 0, 9, 21, 20], bias_rows=bias_rows, positions=12)
+    seen = {
+        "window": window,
+        "num_targets": None if num_targets is None else torch.tensor(num_targets),
+    }
+    layout = jagged_layout(offsets, 3, times, times + 977, **seen)
+    ours = jagged_attention(**tensors, offsets=offsets, kind=kind, scale=0.3, layout=layout)
+    expected = jagged_attention_reference(
+        **tensors,
+        offsets=offsets,
+        timestamps=times,
+        query_times=times + 977,
+        kind=kind,
+        scale=0.3,
+        **seen,
+    )
+    weight = torch.linspace(-1, 1, ours.numel(), dtype=ours.dtype).view_as(ours)
+    results = [
+        [out, *torch.autograd.grad((out * weight).sum(), list(tensors.values()))]
+        for out in (ours, expected)
+    ]
+    for name, mine, theirs in zip(["out", *tensors], *results, strict=True):
+        torch.testing.assert_close(
+            mine, theirs, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_a_history_without_candidates_is_plain_attention():
+    tensors, offsets, times = make_inputs([5, 0, 9])
+    plain, none = (
+        jagged_layout(offsets, 3, times, num_targets=targets)
+        for targets in (None, torch.tensor([0, 0, 0]))
+    )
+    found = [
+        jagged_attention(**tensors, offsets=offsets, scale=0.3, layout=layout)
+        for layout in (plain, none)
+    ]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("seen", "problem"),
+    [
+        ({"window": -1}, "window must be at least 0; got -1"),
+        ({"num_targets": torch.tensor([1])}, r"num_targets must be \[2\], .* got \[1\]"),
+        (
+            {"num_targets": torch.tensor([0, 5])},
+            r"within 0..4, the rows of user 1 of the batch; got 5",
+        ),
+        (
+            {"num_targets": torch.tensor([-1, 2])},
+            r"within 0..3, the rows of user 0 of the batch; got -1",
+        ),
+        ({"kernel": "triton", "window": 2}, "no candidates and no window yet"),
+    ],
+)
+def test_candidates_and_windows_that_cannot_be_are_refused(seen, problem):
+    with pytest.raises(ValueError, match=problem):
+        jagged_layout(torch.tensor([0, 3, 7]), 2, **seen)
 
 
 def test_groups_hold_every_event_once_and_waste_little():

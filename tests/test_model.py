@@ -45,6 +45,38 @@ def test_future_events_do_not_change_the_past(options):
     assert not torch.equal(before[is_future], after[is_future])
 
 
+@pytest.mark.parametrize(
+    "options", [*KINDS.values(), {"window": 4, "query_time": "next"}], ids=[*KINDS, "window"]
+)
+def test_a_candidate_is_what_it_is_as_the_only_one_after_the_history(options):
+    torch.manual_seed(0)
+    encoder = HSTUEncoder(EncoderConfig(dim=16, max_history_len=8, **options)).eval()
+    histories, candidates = [0, 3, 8], [2, 4, 3]
+    rows = [torch.randn(h + c, 16) for h, c in zip(histories, candidates, strict=True)]
+    times = [torch.randint(0, 10**8, (len(x),)).sort().values for x in rows]
+    offsets = torch.tensor([0, *map(len, rows)]).cumsum(0)
+    together = encoder(
+        torch.cat(rows),
+        offsets,
+        torch.cat(times),
+        torch.cat(times) + 60,
+        num_targets=torch.tensor(candidates),
+    )
+    for user, (history, count) in enumerate(zip(histories, candidates, strict=True)):
+        for candidate in range(history, history + count):
+            keep = [*range(history), candidate]
+            at = times[user][keep]
+            one = torch.tensor([1])
+            alone = encoder(
+                rows[user][keep], torch.tensor([0, len(keep)]), at, at + 60, num_targets=one
+            )
+            row = int(offsets[user]) + candidate
+            torch.testing.assert_close(together[row], alone[-1], rtol=1e-5, atol=1e-6)
+            if history < 8:  # then the candidate is an event like others
+                event = encoder(rows[user][keep], torch.tensor([0, len(keep)]), at, at + 60)
+                torch.testing.assert_close(together[row], event[-1], rtol=1e-5, atol=1e-6)
+
+
 def test_the_query_time_of_the_next_event_is_used():
     torch.manual_seed(0)
     config = EncoderConfig(dim=16, query_time="next")

@@ -42,17 +42,51 @@ def jagged_layout(
     query_times: Tensor | None = None,
     kernel: AttentionKernel = "grouped",
     dtype: torch.dtype = torch.float32,
+    *,
+    num_targets: Tensor | None = None,
+    window: int = 0,
 ) -> JaggedLayout:
-    """How a batch with int64 `offsets` [B+1] is cut, made once and shared by all layers.
+    """How a batch is cut and which keys a query sees, made once and shared by all layers.
 
-    `timestamps` and `query_times`, int64 [T] in s, are needed for a time bias only.
-    grouped: plain torch on any device. triton: fused, on a GPU; `dtype`, that of q, k and v, sets its blocks.
+    Args:
+        offsets: int64 [B+1]. timestamps, query_times: int64 [T] in s, needed for a time bias only.
+        kernel: grouped is plain torch on any device. triton is fused, on a GPU; `dtype`, that of q, k and v,
+            sets its blocks. It has no candidates and no window yet.
+        num_targets: int64 [B], how many of each user's newest rows are candidates: they see the history and
+            themselves, not each other, and stand where the next event would (a distance of 1 to the newest
+            event of the history, of 0 to themselves).
+        window: a query sees the `window` newest events at its place, itself among them; 0 for all.
+
+    Raises ValueError for fewer candidates than none or more than a user's rows, and a window below 0.
     """
+    _check(offsets, num_targets, window)
     if kernel == "grouped":
-        return grouped_layout(offsets, num_heads, timestamps, query_times)
+        return grouped_layout(offsets, num_heads, timestamps, query_times, num_targets, window)
+    if num_targets is not None or window:
+        raise ValueError(
+            "the triton kernel has no candidates and no window yet; give attention_kernel=grouped"
+        )
     from hstu_rec.ops.triton import BLOCKS, block_layout
 
     return block_layout(offsets, timestamps, query_times, BLOCKS.get(dtype, min(BLOCKS.values())))
+
+
+def _check(offsets: Tensor, num_targets: Tensor | None, window: int) -> None:
+    if window < 0:
+        raise ValueError(f"window must be at least 0; got {window}")
+    if num_targets is None:
+        return
+    lengths = offsets.diff()
+    if num_targets.shape != lengths.shape:
+        raise ValueError(
+            f"num_targets must be [{len(lengths)}], a number for every user; got {list(num_targets.shape)}"
+        )
+    if ((num_targets < 0) | (num_targets > lengths)).any():
+        user = int(((num_targets < 0) | (num_targets > lengths)).nonzero()[0])
+        raise ValueError(
+            f"num_targets must be within 0..{int(lengths[user])}, the rows of user {user} of the batch; "
+            f"got {int(num_targets[user])}"
+        )
 
 
 def jagged_attention(
@@ -83,8 +117,8 @@ def jagged_attention(
         time_bias: [1, 129] or [H, 129]; needs `timestamps`.
         timestamps: int64 [T], s. query_times: int64 [T], s, what "now" is at each event; the event's
             own time when None.
-        layout: `jagged_layout(offsets, H, timestamps, query_times, kernel)`, to choose the kernel and to
-            share it between layers; the times are not needed beside it.
+        layout: `jagged_layout(offsets, H, timestamps, query_times, kernel)`, to choose the kernel, candidates
+            and a window, and to share it between layers; the times are not needed beside it.
     """
     if layout is None:
         times = timestamps if time_bias is not None else None

@@ -33,7 +33,7 @@ class Group:
 
     shape: tuple[int, int]  # b, l
     places: slice  # of the block among the H * b * l rows of all blocks
-    distance: Tensor  # int64 [l, l]: i - j, 0 above the diagonal
+    distance: Tensor  # int64 [1, l, l], or [b, l, l] with candidates: between places, 0 above the diagonal
     hidden: Tensor  # bool [b, l, l]: key j is not seen by query i; all are hidden from padding
     buckets: Tensor | None  # int64 [b, l, l]: time bucket of (query i, key j), for a time bias
 
@@ -104,11 +104,14 @@ def grouped_layout(
     num_heads: int,
     timestamps: Tensor | None = None,
     query_times: Tensor | None = None,
+    num_targets: Tensor | None = None,
+    window: int = 0,
 ) -> GroupedLayout:
-    """The layout of a batch with int64 `offsets` [B+1]; times (int64 [T], s) only for a time bias."""
+    """The layout of a batch with int64 `offsets` [B+1]; arguments as in `hstu_rec.ops.jagged_layout`."""
     device = offsets.device
     starts = offsets.cpu()
     lengths = (starts[1:] - starts[:-1]).tolist()
+    targets = None if num_targets is None else num_targets.cpu()
     heads = torch.arange(num_heads)[:, None]
     groups: list[Group] = []
     none = torch.zeros(0, dtype=torch.int64)
@@ -121,15 +124,17 @@ def grouped_layout(
         is_event = steps < index.new_tensor([lengths[u] for u in users])[:, None]
         first = starts[index][:, None]
         rows = torch.where(is_event, first + steps, first)
-        hidden = (steps[:, None] < steps) | ~is_event[:, :, None]
+        distance, hidden = _relations(steps, index, starts, targets)
+        hidden = hidden | ~is_event[:, :, None]
+        if window:
+            hidden = hidden | (distance >= window)
         buckets = None
         if timestamps is not None:
             now, at = timestamps if query_times is None else query_times, rows.to(device)
             buckets = time_bucket(now[at][:, :, None] - timestamps[at][:, None, :])
         end = begin + num_heads * rows.numel()
-        distance = (steps[:, None] - steps).clamp_(min=0).to(device)
         shape, place = (len(users), longest), slice(begin, end)
-        groups.append(Group(shape, place, distance, hidden.to(device), buckets))
+        groups.append(Group(shape, place, distance.to(device), hidden.to(device), buckets))
         gathered.append((rows.flatten() * num_heads + heads).flatten())
         real = is_event.flatten().nonzero()[:, 0]
         events.append((rows.flatten()[real] * num_heads + heads).flatten())
@@ -139,6 +144,22 @@ def grouped_layout(
     restore[torch.cat(events)] = torch.cat(places)
     gather = torch.cat(gathered)
     return GroupedLayout(groups, num_heads, gather.to(device), restore.to(device))
+
+
+def _relations(
+    steps: Tensor, users: Tensor, starts: Tensor, num_targets: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(distance, hidden) of queries and keys at `steps` [l] of a group's users, [1, l, l], or [b, l, l] with
+    candidates; padding is not hidden yet."""
+    if num_targets is None:
+        distance = (steps[:, None] - steps)[None]
+        return distance.clamp(min=0), distance < 0
+    first_target = (starts[users + 1] - starts[users] - num_targets[users])[:, None]
+    # Candidates stand where the next event would, and see no other candidate.
+    place = torch.minimum(steps, first_target)
+    distance = (place[:, :, None] - place[:, None, :]).clamp_(min=0)
+    is_other = (steps[:, None] != steps) & (steps >= first_target)[:, None, :]
+    return distance, (steps[:, None] < steps) | is_other
 
 
 def grouped_attention(
@@ -165,7 +186,7 @@ def _scores(
     users, length = group.shape
     scores = torch.bmm(q, k.transpose(1, 2)).view(-1, users, length, length)
     if position_bias is not None:
-        scores += position_bias[:, None, group.distance_in(position_bias)]
+        scores += position_bias[:, group.distance_in(position_bias)]
     if time_bias is not None:
         assert group.buckets is not None, "a time bias needs a layout made with timestamps"
         scores += time_bias[:, group.buckets]
@@ -248,6 +269,8 @@ def _add_bias_grads(
         per_row = grad_scores.sum(0, True, dtype=table.dtype) if is_shared else grad_scores
         index = group.buckets
         if table is grad_position:
-            per_row, index = per_row.sum(1, dtype=table.dtype), group.distance_in(table)
+            index = group.distance_in(table)
+            if len(index) == 1:
+                per_row = per_row.sum(1, dtype=table.dtype)
         assert index is not None
         table.index_add_(1, index.reshape(-1), per_row.reshape(len(table), -1).to(table.dtype))

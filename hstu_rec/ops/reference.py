@@ -33,24 +33,31 @@ def jagged_attention_reference(
     time_bias: Tensor | None = None,
     timestamps: Tensor | None = None,
     query_times: Tensor | None = None,
+    num_targets: Tensor | None = None,
+    window: int = 0,
 ) -> Tensor:
-    """Causal attention [T, H, V] within each user; arguments as in `hstu_rec.ops.jagged_attention`."""
+    """Attention [T, H, V] within each user; arguments as in `jagged_attention` and `jagged_layout` of ops."""
     out = v * 0
-    bounds = offsets.tolist()
-    for begin, end in itertools.pairwise(bounds):
+    counts = [0] * (len(offsets) - 1) if num_targets is None else num_targets.tolist()
+    for (begin, end), count in zip(itertools.pairwise(offsets.tolist()), counts, strict=True):
         for i in range(begin, end):
-            scores = torch.einsum("hd,jhd->hj", q[i], k[begin : i + 1])
+            # Candidates stand where the next event would, and see no other candidate.
+            first_target = end - count
+            place = min(i, first_target)
+            oldest = max(begin, place - window + 1) if window else begin
+            keys = torch.tensor([*range(oldest, min(i, first_target)), i], device=q.device)
+            scores = torch.einsum("hd,jhd->hj", q[i], k[keys])
             bias = torch.zeros_like(scores)
             if position_bias is not None:
-                distance = i - torch.arange(begin, i + 1, device=q.device)
+                distance = place - keys.clamp(max=first_target)
                 bias = bias + position_bias[:, distance.clamp(max=position_bias.shape[1] - 1)]
             if time_bias is not None:
                 assert timestamps is not None
                 now = timestamps[i] if query_times is None else query_times[i]
-                bias = bias + time_bias[:, time_bucket(now - timestamps[begin : i + 1])]
+                bias = bias + time_bias[:, time_bucket(now - timestamps[keys])]
             if kind == "silu":
                 weights = torch.nn.functional.silu(scores + bias) * scale
             else:
                 weights = torch.softmax(scores * scale + bias, dim=-1)
-            out[i] = torch.einsum("hj,jhv->hv", weights, v[begin : i + 1])
+            out[i] = torch.einsum("hj,jhv->hv", weights, v[keys])
     return out
