@@ -5,7 +5,7 @@ With `attention="softmax"`, `use_gate=False` and an FFN the same encoder is SASR
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class EncoderConfig:
     """silu(q.k + bias) / n (HSTU) or softmax(q.k / sqrt(A) + bias) (SASRec)."""
     attention_kernel: Literal["auto", "grouped", "triton"] = "auto"
     """grouped: plain torch, users of like length together, on any device. triton: fused, on CUDA. auto:
-    triton on CUDA (float64 excepted), else grouped."""
+    triton on CUDA (but for float64, candidates and a window), else grouped."""
     window: int = 0
     """Newest events that an event attends to, itself among them; 0 for all."""
     use_gate: bool = True
@@ -270,12 +270,15 @@ class HSTUEncoder(nn.Module):
         self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_layers))
         self.final_norm = make_norm(config.final_norm, config.dim)
 
-    def attention_kernel(self, dtype: torch.dtype = torch.float32) -> AttentionKernel:
+    def attention_kernel(
+        self, dtype: torch.dtype = torch.float32, has_targets: bool = False
+    ) -> AttentionKernel:
         """What "auto" stands for on the encoder's device, with products in `dtype`."""
         if self.config.attention_kernel != "auto":
             return self.config.attention_kernel
-        is_fused = next(self.parameters()).device.type == "cuda" and dtype != torch.float64
-        return "triton" if is_fused else "grouped"
+        is_plain = has_targets or self.config.window > 0 or dtype == torch.float64
+        is_cuda = next(self.parameters()).device.type == "cuda"
+        return "triton" if is_cuda and not is_plain else "grouped"
 
     def layout(
         self,
@@ -296,18 +299,9 @@ class HSTUEncoder(nn.Module):
             if config.query_time == "next" and next_timestamps is None:
                 raise ValueError("query_time='next' needs next_timestamps (int64 [T], s)")
             times = (timestamps, next_timestamps if config.query_time == "next" else None)
-        kernel = self.attention_kernel(dtype)
-        default = config.dim // config.num_heads
-        return jagged_layout(
-            offsets,
-            config.num_heads,
-            *times,
-            kernel=kernel,
-            dtype=dtype,
-            width=max(config.attention_dim or default, config.value_dim or default),
-            num_targets=num_targets,
-            window=config.window,
-        )
+        kernel = self.attention_kernel(dtype, num_targets is not None)
+        who: Any = {"num_targets": num_targets, "window": config.window}
+        return jagged_layout(offsets, config.num_heads, *times, kernel=kernel, dtype=dtype, **who)
 
     def forward(
         self,

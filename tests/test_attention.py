@@ -128,6 +128,7 @@ def test_a_history_without_candidates_is_plain_attention():
             {"num_targets": torch.tensor([-1, 2])},
             r"within 0..3, the rows of user 0 of the batch; got -1",
         ),
+        ({"kernel": "triton", "window": 2}, "no candidates and no window yet"),
     ],
 )
 def test_candidates_and_windows_that_cannot_be_are_refused(seen, problem):
