@@ -5,7 +5,7 @@ With `attention="softmax"`, `use_gate=False` and an FFN the same encoder is SASR
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from hstu_rec.ops import (
 NormKind = Literal["layer", "rms", "none"]
 CalendarKind = Literal["none", "day", "week", "month"]
 
+# The widest heads that the fused kernel was run with on a GPU.
+MAX_FUSED_WIDTH = 128
 # Seconds of a calendar bucket; a month is a twelfth of 365.25 days.
 CALENDAR_S = {"day": 86_400, "week": 604_800, "month": 2_629_800}
 
@@ -46,9 +48,9 @@ class EncoderConfig:
     """silu(q.k + bias) / n (HSTU) or softmax(q.k / sqrt(A) + bias) (SASRec)."""
     attention_kernel: Literal["auto", "grouped", "triton"] = "auto"
     """grouped: plain torch, users of like length together, on any device. triton: fused, on CUDA. auto:
-    triton on CUDA (but for float64, candidates and a window), else grouped."""
+    triton on CUDA (but for float64, heads wider than 128, candidates and a window), else grouped."""
     window: int = 0
-    """Newest events that an event attends to, itself among them; 0 for all."""
+    """Newest events that an event attends to, itself (or the candidate) among them; 0 for all."""
     use_gate: bool = True
     """Multiplies the normed attention output by U, and passes the projections through silu."""
     ffn_dim: int = 0
@@ -110,9 +112,28 @@ class EncoderConfig:
                 "calendar_end must not be before calendar_begin; got "
                 f"{self.calendar_end} and {self.calendar_begin}"
             )
+        if 0 < self.max_history_len <= self.window:
+            found.append(
+                f"window {self.window} has no effect with max_history_len {self.max_history_len}; give 0"
+            )
+        if self.window and self.attention_kernel == "triton":
+            found.append("attention_kernel 'triton' has no window yet; give auto or grouped")
         if self.is_bias_per_head and not (self.use_time_bias or self.use_position_bias):
             found.append("is_bias_per_head has no effect without a bias")
         return found
+
+
+def chosen_kernel(
+    config: EncoderConfig, device: str, dtype: torch.dtype, has_targets: bool
+) -> AttentionKernel:
+    """What config.attention_kernel stands for on a device ("cpu", "cuda") with products in `dtype`."""
+    if config.attention_kernel != "auto":
+        return config.attention_kernel
+    default = config.dim // config.num_heads
+    width = max(config.attention_dim or default, config.value_dim or default)
+    needs_grouped = has_targets or config.window > 0 or width > MAX_FUSED_WIDTH
+    is_fused = device == "cuda" and dtype != torch.float64 and not needs_grouped
+    return "triton" if is_fused else "grouped"
 
 
 def make_norm(kind: NormKind, dim: int) -> nn.Module:
@@ -273,35 +294,64 @@ class HSTUEncoder(nn.Module):
     def attention_kernel(
         self, dtype: torch.dtype = torch.float32, has_targets: bool = False
     ) -> AttentionKernel:
-        """What "auto" stands for on the encoder's device, with products in `dtype`."""
-        if self.config.attention_kernel != "auto":
-            return self.config.attention_kernel
-        is_plain = has_targets or self.config.window > 0 or dtype == torch.float64
-        is_cuda = next(self.parameters()).device.type == "cuda"
-        return "triton" if is_cuda and not is_plain else "grouped"
+        """What config.attention_kernel is on the encoder's device, with products in `dtype`."""
+        device = next(self.parameters()).device
+        return chosen_kernel(self.config, device.type, dtype, has_targets)
 
     def layout(
         self,
         offsets: Tensor,
         timestamps: Tensor | None = None,
         next_timestamps: Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
+        *,
+        dtype: torch.dtype | None = None,
         num_targets: Tensor | None = None,
     ) -> JaggedLayout:
         """How the layers cut a batch, from the arguments of `forward`: to make it ahead, on any device.
 
-        `dtype`: of the layers' products, bfloat16 under autocast.
+        `dtype`: of the layers' products, bfloat16 under autocast; the parameters' when None.
+
+        Raises ValueError for a history longer than max_history_len, times that are missing, and candidates
+        as `jagged_layout` does.
         """
         config, times = self.config, ()
+        dtype = dtype or next(self.parameters()).dtype
         if config.use_time_bias:
             if timestamps is None:
                 raise ValueError("use_time_bias needs timestamps (int64 [T], s)")
             if config.query_time == "next" and next_timestamps is None:
                 raise ValueError("query_time='next' needs next_timestamps (int64 [T], s)")
             times = (timestamps, next_timestamps if config.query_time == "next" else None)
-        kernel = self.attention_kernel(dtype, num_targets is not None)
-        who: Any = {"num_targets": num_targets, "window": config.window}
-        return jagged_layout(offsets, config.num_heads, *times, kernel=kernel, dtype=dtype, **who)
+        layout = jagged_layout(
+            offsets,
+            config.num_heads,
+            *times,
+            kernel=self.attention_kernel(dtype, num_targets is not None),
+            dtype=dtype,
+            num_targets=num_targets,
+            window=config.window,
+        )
+        self._check_lengths(offsets, num_targets)
+        return layout
+
+    def _check_lengths(self, offsets: Tensor, num_targets: Tensor | None) -> None:
+        lengths = offsets.diff() if num_targets is None else offsets.diff() - num_targets
+        longest = int(lengths.max()) if len(lengths) else 0
+        if longest > self.config.max_history_len:
+            raise ValueError(
+                f"a history has {longest} events, more than max_history_len "
+                f"{self.config.max_history_len}; keep the newest"
+            )
+
+    def _places(self, offsets: Tensor, size: int, num_targets: Tensor | None) -> Tensor:
+        """int64 [size]: places of events in their histories, from the oldest on."""
+        lengths = offsets.diff()
+        first = torch.repeat_interleave(offsets[:-1], lengths, output_size=size)
+        place = torch.arange(size, device=offsets.device) - first
+        if num_targets is None:
+            return place
+        after = torch.repeat_interleave(lengths - num_targets, lengths, output_size=size)
+        return torch.minimum(place, after).clamp(max=self.config.max_history_len - 1)
 
     def forward(
         self,
@@ -309,37 +359,40 @@ class HSTUEncoder(nn.Module):
         offsets: Tensor,
         timestamps: Tensor | None = None,
         next_timestamps: Tensor | None = None,
+        *,
         layout: JaggedLayout | None = None,
         num_targets: Tensor | None = None,
     ) -> Tensor:
-        """One query vector for every event, or candidate: [T, D].
+        """One vector for every event, the query for the next one, and for every candidate: [T, D].
+
+        A candidate's vector has seen the candidate itself: it is an input of a ranking model's heads, no
+        query to score items by.
 
         Args:
             x: [T, D] item vectors, users one after another, oldest event first.
             offsets: int64 [B+1]; no history may be longer than `max_history_len`.
-            timestamps: int64 [T] in s, needed with `use_time_bias` or a calendar.
+            timestamps: int64 [T] in s, needed with `use_time_bias` or a calendar; those of candidates are the
+                time of the request.
             next_timestamps: int64 [T] in s, needed with `query_time="next"`: the time of the event to
-                predict, which at serving is the time of the request.
-            layout: `self.layout(...)` of the same arguments, when it was made ahead.
+                predict, which at serving is the time of the request, as it is for candidates.
+            layout: `self.layout(...)` of the same arguments, num_targets among them, when it was made ahead.
             num_targets: int64 [B], how many of each user's newest rows are candidates: they see the history
                 and themselves, not each other, and stand where the next event would (arXiv 2402.17152,
-                section 3.4). After a history of max_history_len events its last place is theirs too.
+                section 3.4). They come beside max_history_len events; after so many, a position embedding
+                gives them the last event's place. Grouped attention costs (events + candidates)^2 a user.
+
+        Raises ValueError as `layout` does, and for num_targets beside a layout.
         """
         if layout is None:
             kind = x.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            layout = self.layout(offsets, timestamps, next_timestamps, dtype, num_targets)
+            layout = self.layout(
+                offsets, timestamps, next_timestamps, dtype=dtype, num_targets=num_targets
+            )
+        elif num_targets is not None:
+            raise ValueError("num_targets is part of a layout; give it to layout() alone")
         if self.position_embedding is not None:
-            lengths = offsets[1:] - offsets[:-1]
-            size = x.shape[0]
-            first = torch.repeat_interleave(offsets[:-1], lengths, output_size=size)
-            place = torch.arange(size, device=x.device) - first
-            if num_targets is not None:
-                next_place = torch.repeat_interleave(
-                    lengths - num_targets, lengths, output_size=size
-                )
-                place = torch.minimum(place, next_place).clamp(max=len(self.position_embedding) - 1)
-            x = x + self.position_embedding[place]
+            x = x + self.position_embedding[self._places(offsets, len(x), layout.num_targets)]
         for calendar, times, name in (
             (self.calendar, timestamps, "timestamps"),
             (self.next_calendar, next_timestamps, "next_timestamps"),

@@ -107,7 +107,7 @@ class InputPipeline:
             of_all = self._stream.batch(*place[:2], of_all_ranks=True) if is_shared else batch
             negatives = with_seen(negatives, batch, of_all)
         layout = self._model.encoder.layout(
-            batch.offsets, batch.timestamps, batch.next_timestamps, self._model.dtype
+            batch.offsets, batch.timestamps, batch.next_timestamps, dtype=self._model.dtype
         )
         return StepInput(batch, negatives, Lookup.of(batch, negatives), layout)
 

@@ -119,7 +119,10 @@ def test_a_history_without_candidates_is_plain_attention():
     ("seen", "problem"),
     [
         ({"window": -1}, "window must be at least 0; got -1"),
-        ({"num_targets": torch.tensor([1])}, r"num_targets must be \[2\], .* got \[1\]"),
+        (
+            {"num_targets": torch.tensor([1])},
+            r"num_targets must be an int64 tensor \[2\], .* got Tensor torch.int64 \[1\]",
+        ),
         (
             {"num_targets": torch.tensor([0, 5])},
             r"within 0..4, the rows of user 1 of the batch; got 5",
@@ -128,6 +131,8 @@ def test_a_history_without_candidates_is_plain_attention():
             {"num_targets": torch.tensor([-1, 2])},
             r"within 0..3, the rows of user 0 of the batch; got -1",
         ),
+        ({"num_targets": [0, 1]}, r"must be an int64 tensor \[2\], .* got list torch.int64 \[2\]"),
+        ({"num_targets": torch.tensor([0.0, 1.0])}, "got Tensor torch.float32"),
         ({"kernel": "triton", "window": 2}, "no candidates and no window yet"),
     ],
 )

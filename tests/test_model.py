@@ -6,7 +6,7 @@ import torch
 
 from hstu_rec.config import OptimConfig, RunConfig, load
 from hstu_rec.data.batch import SequenceBatch
-from hstu_rec.encoder import Dropout, EncoderConfig, HSTUEncoder
+from hstu_rec.encoder import Dropout, EncoderConfig, HSTUEncoder, chosen_kernel
 from hstu_rec.hstu import HSTU
 from hstu_rec.item_table import ItemTable, TableConfig
 from hstu_rec.learner import rate_factor
@@ -75,6 +75,61 @@ def test_a_candidate_is_what_it_is_as_the_only_one_after_the_history(options):
             if history < 8:  # then the candidate is an event like others
                 event = encoder(rows[user][keep], torch.tensor([0, len(keep)]), at, at + 60)
                 torch.testing.assert_close(together[row], event[-1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_a_layout_made_ahead_holds_the_candidates(options):
+    torch.manual_seed(0)
+    encoder = HSTUEncoder(EncoderConfig(dim=16, max_history_len=8, **options)).eval()
+    items, offsets, times = torch.randn(9, 16), torch.tensor([0, 4, 9]), torch.arange(9)
+    targets = torch.tensor([2, 3])
+    layout = encoder.layout(offsets, times, num_targets=targets).to(torch.device("cpu"))
+    expected = encoder(items, offsets, times, num_targets=targets)
+    assert torch.equal(encoder(items, offsets, times, layout=layout), expected)
+    assert not torch.equal(encoder(items, offsets, times), expected)
+    with pytest.raises(ValueError, match="num_targets is part of a layout"):
+        encoder(items, offsets, times, layout=layout, num_targets=targets)
+
+
+def test_a_history_longer_than_the_encoder_takes_is_refused_but_for_its_candidates():
+    encoder = HSTUEncoder(EncoderConfig(dim=16, max_history_len=5)).eval()
+    items, offsets, times = torch.randn(8, 16), torch.tensor([0, 8]), torch.arange(8)
+    for targets in (None, torch.tensor([2])):
+        with pytest.raises(
+            ValueError, match=r"a history has [68] events, more than max_history_len 5"
+        ):
+            encoder(items, offsets, times, num_targets=targets)
+    encoder(items, offsets, times, num_targets=torch.tensor([3]))
+
+
+def test_auto_is_the_fused_kernel_where_it_was_run():
+    half, plain = torch.bfloat16, EncoderConfig(dim=64)
+    assert chosen_kernel(plain, "cuda", half, has_targets=False) == "triton"
+    assert chosen_kernel(plain, "cuda", torch.float32, has_targets=False) == "triton"
+    for config, device, dtype, has_targets in (
+        (plain, "cpu", torch.float32, False),
+        (plain, "cuda", torch.float64, False),
+        (plain, "cuda", half, True),
+        (EncoderConfig(dim=64, window=3), "cuda", half, False),
+        (EncoderConfig(dim=512), "cuda", half, False),
+        (EncoderConfig(dim=64, value_dim=256), "cuda", half, False),
+    ):
+        assert chosen_kernel(config, device, dtype, has_targets) == "grouped"
+    chosen = EncoderConfig(dim=512, attention_kernel="triton")
+    assert chosen_kernel(chosen, "cpu", half, has_targets=True) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"window": 50}, "window 50 has no effect with max_history_len 50"),
+        ({"window": 4, "attention_kernel": "triton"}, "'triton' has no window yet"),
+        ({"window": -1}, "window must be at least 0"),
+    ],
+)
+def test_a_window_that_cannot_be_is_refused(options, problem):
+    with pytest.raises(ValueError, match=problem):
+        HSTUEncoder(EncoderConfig(**options))
 
 
 def test_the_query_time_of_the_next_event_is_used():

@@ -30,6 +30,11 @@ AttentionKernel = Literal["grouped", "triton"]
 class JaggedLayout(Protocol):
     """How a jagged batch is cut for a kernel; `jagged_layout` makes it."""
 
+    @property
+    def num_targets(self) -> Tensor | None:
+        """int64 [B]: candidates at the end of each history; None without."""
+        ...
+
     def to(self, device: torch.device) -> "JaggedLayout":
         """The layout on `device`; made on CPU and moved, it costs no wait for the device."""
         ...
@@ -54,12 +59,12 @@ def jagged_layout(
             sets its blocks. It has no candidates and no window yet.
         num_targets: int64 [B], how many of each user's newest rows are candidates: they see the history and
             themselves, not each other, and stand where the next event would (a distance of 1 to the newest
-            event of the history, of 0 to themselves).
+            event of the history, of 0 to themselves). Their pairs with each other are computed and hidden.
         window: a query sees the `window` newest events at its place, itself among them; 0 for all.
 
     Raises ValueError for fewer candidates than none or more than a user's rows, and a window below 0.
     """
-    _check(offsets, num_targets, window)
+    _check_seen(offsets, num_targets, window)
     if kernel == "grouped":
         return grouped_layout(offsets, num_heads, timestamps, query_times, num_targets, window)
     if num_targets is not None or window:
@@ -71,18 +76,21 @@ def jagged_layout(
     return block_layout(offsets, timestamps, query_times, BLOCKS.get(dtype, min(BLOCKS.values())))
 
 
-def _check(offsets: Tensor, num_targets: Tensor | None, window: int) -> None:
+def _check_seen(offsets: Tensor, num_targets: Tensor | None, window: int) -> None:
     if window < 0:
         raise ValueError(f"window must be at least 0; got {window}")
     if num_targets is None:
         return
     lengths = offsets.diff()
-    if num_targets.shape != lengths.shape:
+    given, dtype = torch.as_tensor(num_targets), getattr(num_targets, "dtype", None)
+    if dtype != torch.int64 or given.shape != lengths.shape:
         raise ValueError(
-            f"num_targets must be [{len(lengths)}], a number for every user; got {list(num_targets.shape)}"
+            f"num_targets must be an int64 tensor [{len(lengths)}], a number for every user; got "
+            f"{type(num_targets).__name__} {given.dtype} {list(given.shape)}"
         )
-    if ((num_targets < 0) | (num_targets > lengths)).any():
-        user = int(((num_targets < 0) | (num_targets > lengths)).nonzero()[0])
+    is_outside = (num_targets < 0) | (num_targets > lengths)
+    if is_outside.any():
+        user = int(is_outside.nonzero()[0])
         raise ValueError(
             f"num_targets must be within 0..{int(lengths[user])}, the rows of user {user} of the batch; "
             f"got {int(num_targets[user])}"
@@ -105,9 +113,12 @@ def jagged_attention(
 ) -> Tensor:
     """Causal attention within each user's history: [T, H, V], in the dtype of `v`.
 
-        silu:     out_i = sum_{j <= i} silu(q_i . k_j + bias_ij) * scale * v_j
-        softmax:  out_i = sum_{j <= i} softmax_j(q_i . k_j * scale + bias_ij) v_j
-        bias_ij = position_bias[h, min(i - j, P - 1)] + time_bias[h, bucket(now_i - timestamps_j)]
+        silu:     out_i = sum_j silu(q_i . k_j + bias_ij) * scale * v_j
+        softmax:  out_i = sum_j softmax_j(q_i . k_j * scale + bias_ij) v_j
+        bias_ij = position_bias[h, min(p_i - p_j, P - 1)] + time_bias[h, bucket(now_i - timestamps_j)]
+
+    Event i of a user is at place p_i = i and sees j <= i. After a history of n events, candidates of the
+    layout are at place n and see j < n and themselves; a window of it keeps p_i - p_j below itself.
 
     Args:
         q, k: [T, H, A]; v: [T, H, V]; users one after another, never padded.

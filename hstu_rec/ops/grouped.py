@@ -67,6 +67,7 @@ class GroupedLayout:
     num_heads: int
     gather: Tensor  # int64: row of [T * H] at each place; padding repeats the user's first event
     restore: Tensor  # int64 [T * H]: place of each row
+    num_targets: Tensor | None  # int64 [B]; None without candidates
 
     def dense(self, x: Tensor) -> Tensor:
         """The rows of all blocks, one after another, of a jagged [T, H, A]."""
@@ -143,7 +144,7 @@ def grouped_layout(
     restore = torch.empty(int(starts[-1]) * num_heads, dtype=torch.int64)
     restore[torch.cat(events)] = torch.cat(places)
     gather = torch.cat(gathered)
-    return GroupedLayout(groups, num_heads, gather.to(device), restore.to(device))
+    return GroupedLayout(groups, num_heads, gather.to(device), restore.to(device), num_targets)
 
 
 def _relations(

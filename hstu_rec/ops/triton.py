@@ -37,6 +37,11 @@ class BlockLayout:
     now: Tensor | None  # int32 or int64 [T], s since the user's first event; for a time bias
     then: Tensor | None  # the same of the events themselves
 
+    @property
+    def num_targets(self) -> None:
+        """No candidates yet."""
+        return None
+
     def to(self, device: torch.device) -> "BlockLayout":
         """The layout on `device`; made on CPU and moved, it costs no wait for the device."""
         return on_device(self, device)
