@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hstu_rec import checkpoint, distributed
 from hstu_rec.baselines import baseline_metrics
 from hstu_rec.config import RunConfig, load, save, to_yaml
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.evaluator import evaluate
+from hstu_rec.flops import encoder_flops, loss_flops, peak_flops
 from hstu_rec.learner import Learner, resolved
 from hstu_rec.report import metric_table, write_report
 from hstu_rec.tracking import Tracker
@@ -89,6 +92,7 @@ def _fit(
 ) -> None:
     """Epochs until patience or max_epochs ends them."""
     settings = config.train
+    flops_of_epoch, peak = _flops(config, learner, dataset)
     bar = tracker.bar(settings.max_epochs, "training", "epoch")
     bar.update(progress.epoch)
     while progress.epoch < settings.max_epochs and not _is_out_of_patience(config, progress):
@@ -98,13 +102,44 @@ def _fit(
         progress.train_s += spent_s
         progress.epoch += 1
         bar.update(1)
-        bar.set_postfix_str(
-            f"loss {loss:.3f}  events/s {learner.stream.num_positions() / spent_s:,.0f}"
-        )
+        speed = _speed(learner, flops_of_epoch, peak, spent_s)
+        tracker.log("speed", progress.step, speed)
+        bar.set_postfix_str(f"loss {loss:.3f}  {_shown(speed)}")
         is_last = progress.epoch == settings.max_epochs
         if progress.epoch % settings.eval_every_epochs == 0 or is_last:
             _validate(config, learner, dataset, folder, tracker, progress)
     bar.close()
+
+
+def _flops(config: RunConfig, learner: Learner, dataset: Dataset) -> tuple[float, float]:
+    """(FLOPs of an epoch over all ranks, FLOP/s that the ranks' devices reach at most; 0 on CPU)."""
+    stream, device = learner.stream, learner.device
+    lengths = stream.positions[stream.users]
+    flops = encoder_flops(config.encoder, lengths) + loss_flops(
+        config.loss, config.encoder.dim, int(lengths.sum()), dataset.num_items
+    )
+    if device.type != "cuda":
+        return flops, 0.0
+    dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
+    return flops, peak_flops(device, dtype) * distributed.world_size()
+
+
+def _speed(learner: Learner, flops: float, peak: float, spent_s: float) -> dict[str, float]:
+    """Events a second of an epoch over all ranks; on CUDA also TFLOP/s, their share of what the devices'
+    products reach, and the most GiB held by this rank's tensors so far."""
+    speed = {"events_per_s": learner.stream.num_positions() / spent_s}
+    if peak:
+        speed["tflop_per_s"] = flops / spent_s / 1e12
+        speed["mfu"] = flops / spent_s / peak
+        speed["peak_gib"] = torch.cuda.max_memory_allocated(learner.device) / 2**30
+    return speed
+
+
+def _shown(speed: dict[str, float]) -> str:
+    text = f"events/s {speed['events_per_s']:,.0f}"
+    if "mfu" in speed:
+        text += f"  TFLOP/s {speed['tflop_per_s']:.1f} (MFU {speed['mfu']:.1%})  {speed['peak_gib']:.1f} GiB"
+    return text
 
 
 def _is_out_of_patience(config: RunConfig, progress: Progress) -> bool:

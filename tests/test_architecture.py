@@ -20,7 +20,7 @@ LAYERS = [
     {"config", "comparison"},
     {"report", "baselines"},
     {"evaluator"},
-    {"model", "hstu", "co_occurrence", "attention_forms"},
+    {"model", "hstu", "co_occurrence", "attention_forms", "flops"},
     {"encoder", "loss", "item_table"},
     {"seen"},
     {"softmax", "data", "ops"},

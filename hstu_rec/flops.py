@@ -1,0 +1,48 @@
+"""Floating-point operations of training, and the share of the device's speed that they reach (MFU).
+
+Counted are the products that the formulas have, whatever a kernel repeats or pads: projections and loss three
+times forward, attention over the pairs that are seen 3.5 times.
+"""
+
+import time
+
+import numpy as np
+import torch
+
+from hstu_rec.encoder import EncoderConfig
+from hstu_rec.loss import LossConfig
+
+PEAK_SIZE = 8192
+PEAK_REPEATS = 10
+
+
+def encoder_flops(config: EncoderConfig, lengths: np.ndarray) -> float:
+    """Forward and backward of histories with int64 `lengths` [B]."""
+    heads = config.num_heads
+    attention = config.attention_dim or config.dim // heads
+    value = config.value_dim or config.dim // heads
+    projected = heads * (2 * attention + value * (2 if config.use_gate else 1))
+    weights = config.dim * (projected + heads * value + 2 * config.ffn_dim)
+    reach = np.minimum(lengths, config.window) if config.window else lengths
+    # The first `reach` queries see 1, 2, .. keys, the others `reach` each.
+    pairs = reach * (reach + 1) / 2 + (lengths - reach) * reach
+    dense = 3 * 2 * weights * float(lengths.sum())
+    return config.num_layers * (dense + 3.5 * 2 * heads * (attention + value) * float(pairs.sum()))
+
+
+def loss_flops(config: LossConfig, dim: int, num_positions: int, num_items: int) -> float:
+    """Scores of positions and candidates and their gradients; 0 for in_batch, whose candidates vary."""
+    counts = {"all": num_items, "in_batch": 0}
+    return 3 * 2 * dim * float(num_positions) * counts.get(config.negatives, config.num_negatives)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that a product of two square matrices of `dtype` reaches on a CUDA device."""
+    left, right = (torch.randn(PEAK_SIZE, PEAK_SIZE, device=device, dtype=dtype) for _ in range(2))
+    torch.mm(left, right)
+    torch.cuda.synchronize(device)
+    began_at = time.perf_counter()
+    for _ in range(PEAK_REPEATS):
+        torch.mm(left, right)
+    torch.cuda.synchronize(device)
+    return PEAK_REPEATS * 2 * PEAK_SIZE**3 / (time.perf_counter() - began_at)

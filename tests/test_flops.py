@@ -1,0 +1,39 @@
+"""The counted operations are those of the formulas, and those that torch counts of the dense part."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hstu_rec.encoder import EncoderConfig, HSTUEncoder
+from hstu_rec.flops import encoder_flops, loss_flops
+from hstu_rec.loss import LossConfig
+
+LENGTHS = [1, 7, 4]
+CONFIGS = {
+    "hstu": {},
+    "sasrec": {"attention": "softmax", "use_gate": False, "ffn_dim": 24},
+    "wide heads": {"attention_dim": 3, "value_dim": 10, "ffn_dim": 8},
+}
+
+
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("window", [0, 3])
+def test_an_encoder_has_the_products_of_its_formulas(options, window):
+    config = EncoderConfig(dim=16, num_layers=2, num_heads=2, window=window, **options)
+    encoder = HSTUEncoder(config)
+    offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
+    with FlopCounterMode(display=False) as counter:
+        encoder(torch.randn(sum(LENGTHS), 16), offsets, torch.arange(sum(LENGTHS)))
+    counts = counter.get_flop_counts()["Global"]
+    dense = sum(n for name, n in counts.items() if "bmm" not in str(name))
+    width = (config.attention_dim or 8) + (config.value_dim or 8)
+    pairs = sum(min(i + 1, window or 99) for length in LENGTHS for i in range(length))
+    expected = 3 * dense + 2 * 3.5 * 2 * 2 * width * pairs
+    assert dense > 0 and encoder_flops(config, np.array(LENGTHS)) == pytest.approx(expected)
+
+
+def test_a_loss_has_three_products_of_positions_and_candidates():
+    for negatives, count in (("all", 1000), ("uniform", 64), ("in_batch", 0)):
+        config = LossConfig(negatives=negatives, num_negatives=64)
+        assert loss_flops(config, 8, 10, 1000) == 3 * 2 * 8 * 10 * count
