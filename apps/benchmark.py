@@ -33,9 +33,14 @@ MEASURES: dict[str, tuple[Any, Any]] = {
 
 def main(arguments: list[str]) -> None:
     measure, options = "".join(arguments[:1]), arguments[1:]
-    if {"help", "--help", "-h"} & set(arguments):
-        schema = MEASURES.get(measure, (QualitySettings, None))[0]
-        print(__doc__, help_text(schema), sep="\n")
+    schemas = {name: schema for name, (schema, _) in MEASURES.items()} | {
+        "quality": QualitySettings
+    }
+    if {"help", "--help", "-h"} & set(arguments) and measure in {*schemas, "help", "--help", "-h"}:
+        of_measure = (
+            f"Keys of {measure}:\n{help_text(schemas[measure])}" if measure in schemas else ""
+        )
+        print(of_measure or __doc__)
     elif measure == "quality":
         sys.exit(0 if quality(options) else 1)
     elif measure in MEASURES:

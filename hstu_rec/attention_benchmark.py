@@ -59,12 +59,20 @@ class AttentionTimes:
             if getattr(self, name) < least
         ]
         if others := [name for name in self.forms if name not in FORMS]:
-            found.append(f"forms must be of {list(FORMS)}; got {others}")
+            found.append(f"forms must be of {', '.join(FORMS)}; got {others}")
+        for name in ("shapes", "forms"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                found.append(f"{name} must be distinct, one at least; got {list(values)}")
+        if self.peer and "peer" not in self.forms:
+            found.append("peer has no effect without the form 'peer'; add it to forms")
         for shape in self.shapes:
             try:
                 Shape.of(shape)
             except ValueError:
-                found.append(f"shapes must be like 4x128-uniform-1024; got '{shape}'")
+                found.append(
+                    f"shapes must be like 4x128-uniform-1024 (or -power-, -full-); got '{shape}'"
+                )
         return found
 
 
@@ -81,7 +89,8 @@ class Cost(NamedTuple):
         flops = 2 * batch.shape.width * batch.shape.num_heads * pairs
         rates = flops / self.forward_s / 1e12, flops * (1 + BACKWARD_FLOPS) / self.both_s / 1e12
         times = f"{self.forward_s * 1e3:8.2f} / {self.both_s * 1e3:8.2f} ms"
-        return f"{times}  {rates[0]:6.4g} / {rates[1]:6.4g} TFLOP/s  {self.gib:6.2f} GiB"
+        memory = "" if math.isnan(self.gib) else f"  {self.gib:6.2f} GiB"
+        return f"{times}  {rates[0]:6.4g} / {rates[1]:6.4g} TFLOP/s{memory}"
 
 
 def attention_times(config: AttentionTimes, device: torch.device) -> Iterator[str]:
@@ -125,6 +134,7 @@ def peak_gib(work: Callable[[], object], device: torch.device) -> float:
     """GiB of the device beyond what is there before; nan on CPU, which does not tell."""
     if device.type != "cuda":
         return math.nan
+    work()  # what is allocated once, for a library's own use or to compile, is not counted
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     work()

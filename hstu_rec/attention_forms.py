@@ -34,7 +34,8 @@ class Shape:
         heads_and_width, kind, longest = text.split("-")
         num_heads, width = heads_and_width.split("x")
         shape = cls(int(num_heads), int(width), kind, int(longest))
-        if kind not in ("uniform", "power", "full") or min(shape.num_heads, shape.width) < 1:
+        sizes = shape.num_heads, shape.width, shape.longest
+        if kind not in ("uniform", "power", "full") or min(sizes) < 1:
             raise ValueError(text)
         return shape
 
@@ -110,7 +111,10 @@ def padded(batch: Batch, has_bias: bool, is_compiled: bool) -> Attention:
     times = batch.times(num_users, longest).to(batch.device) if has_bias else None
     if is_compiled and batch.device.type != "cuda":
         raise Unavailable("compiled attention is timed on CUDA")
-    attend = torch.compile(_padded_attention) if is_compiled else _padded_attention
+    attend = _padded_attention
+    if is_compiled:
+        torch.compiler.reset()  # or this shape would be the second of a compiled function, and dynamic
+        attend = torch.compile(attend, dynamic=False)
     return partial(attend, *rows, times, tables), [*rows, *tables]
 
 
@@ -170,11 +174,11 @@ def peer_triton(batch: Batch) -> Attention:
 
 FORMS: dict[str, Callable[[Batch], Attention]] = {
     "jagged": partial(jagged, has_bias=False),
-    "jagged, bias": partial(jagged, has_bias=True),
+    "jagged+bias": partial(jagged, has_bias=True),
     "padded": partial(padded, has_bias=False, is_compiled=False),
-    "padded, bias": partial(padded, has_bias=True, is_compiled=False),
+    "padded+bias": partial(padded, has_bias=True, is_compiled=False),
     "compiled": partial(padded, has_bias=False, is_compiled=True),
-    "compiled, bias": partial(padded, has_bias=True, is_compiled=True),
-    "varlen softmax": varlen_softmax,
+    "compiled+bias": partial(padded, has_bias=True, is_compiled=True),
+    "varlen": varlen_softmax,
     "peer": peer_triton,
 }

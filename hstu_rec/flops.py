@@ -45,4 +45,5 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     for _ in range(PEAK_REPEATS):
         torch.mm(left, right)
     torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)  # these matrices are no part of training's memory
     return PEAK_REPEATS * 2 * PEAK_SIZE**3 / (time.perf_counter() - began_at)

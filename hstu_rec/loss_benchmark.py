@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from torch.nn import functional
 
 from hstu_rec import distributed
 from hstu_rec.attention_benchmark import median_s, peak_gib
-from hstu_rec.distributed import Precision
 from hstu_rec.loss import LossConfig, SampledSoftmax
 from hstu_rec.softmax import Negatives
 
@@ -48,7 +48,7 @@ class LossTimes:
     cases: list[str] = field(default_factory=list)
     """Queries x width - candidates, negatives that all queries share or a whole catalogue, like
     16384x128-2048; a few of either when empty."""
-    precision: Precision = "tf32"
+    precision: Literal["float32", "tf32"] = "tf32"
     """Of the products of float32 on CUDA, as train.precision."""
     repeats: int = 20
     """Times that each is run, after three to warm up; the median is shown."""
@@ -56,8 +56,6 @@ class LossTimes:
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
         found = [] if self.repeats > 0 else [f"repeats must be at least 1; got {self.repeats}"]
-        if self.precision == "bfloat16":
-            found.append("precision must be float32 or tf32: the loss is never in bfloat16")
         for case in self.cases:
             try:
                 Case.of(case)
@@ -67,9 +65,13 @@ class LossTimes:
 
 
 def loss_times(config: LossTimes, device: torch.device) -> Iterator[str]:
-    """Lines of a table, the forms of a case one after another: forward and backward."""
+    """Lines of a table, the forms of a case one after another: forward and backward.
+
+    The chunked loss waits for the device in every chunk, so that its figure has its launches in it.
+    """
     distributed.use_precision(config.precision)
-    yield f"{config.precision}; forward + backward; memory beyond the inputs; times the first form"
+    precision = config.precision if device.type == "cuda" else "float32"
+    yield f"{precision}; forward + backward; memory beyond the inputs; times the first form"
     for text in config.cases or CASES[device.type]:
         case, first = Case.of(text), math.nan
         yield text
@@ -86,7 +88,8 @@ def loss_times(config: LossTimes, device: torch.device) -> Iterator[str]:
                 yield f"  {name:8s} out of memory"
                 continue
             first = seconds if math.isnan(first) else first
-            yield f"  {name:8s} {seconds * 1e3:9.2f} ms  {gib:6.2f} GiB  x {seconds / first:.2f}"
+            memory = "" if math.isnan(gib) else f"  {gib:6.2f} GiB"
+            yield f"  {name:8s} {seconds * 1e3:9.2f} ms{memory}  x {seconds / first:.2f}"
 
 
 def _gradients(

@@ -68,7 +68,7 @@ def test_attention_is_timed_by_shape_and_form_on_cpu_as_well():
         assert 100 < lengths.sum() <= 200 and lengths.max() <= Shape.of(name).longest
         for form, line in zip(FORMS, forms, strict=True):
             assert line.startswith(f"  {form} ")
-            if form.startswith("compiled") or form in ("varlen softmax", "peer"):
+            if form.startswith("compiled") or form in ("varlen", "peer"):
                 assert " none: " in line
                 continue
             forward, both = re.findall(r"([\d.]+) / +([\d.]+) ms", line)[0]
@@ -95,20 +95,40 @@ def test_the_padded_forms_are_the_attention_of_the_reference():
 
 
 def test_a_form_of_another_name_is_refused():
-    with pytest.raises(ValueError, match=r"forms must be of .*; got \['fast'\]"):
+    with pytest.raises(
+        ValueError, match=r"forms must be of jagged, jagged\+bias, .*; got \['fast'\]"
+    ):
         load(AttentionTimes, ["forms=[fast]"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("forms=[]", "forms must be distinct, one at least"),
+        ("shapes=[1x8-full-9,1x8-full-9]", "shapes must be distinct"),
+        ("shapes=[1x8-full-0]", "shapes must be like 4x128-uniform-1024"),
+    ],
+)
+def test_bad_settings_of_attention_are_refused(setting, problem):
+    with pytest.raises(ValueError, match=problem):
+        load(AttentionTimes, [setting])
+
+
+def test_a_peer_that_is_not_timed_is_refused():
+    with pytest.raises(ValueError, match="peer has no effect"):
+        load(AttentionTimes, ["forms=[jagged]", "peer=somewhere"])
 
 
 @pytest.mark.parametrize("shape", ["4x128", "4x128-wide-5", "0x8-full-9", "axb-full-9"])
 def test_a_shape_of_another_form_is_refused(shape):
-    with pytest.raises(ValueError, match=f"shapes must be like 4x128-uniform-1024; got '{shape}'"):
+    with pytest.raises(ValueError, match=rf"like 4x128-uniform-1024 \(or .*\); got '{shape}'"):
         load(AttentionTimes, [f"shapes=[{shape}]"])
 
 
 def test_the_loss_is_timed_on_cpu_as_well():
     config = load(LossTimes, ["cases=[30x8-50,9x4-1]", "repeats=2"])
     head, *lines = loss_times(config, torch.device("cpu"))
-    assert head.startswith("tf32; forward + backward")
+    assert head.startswith("float32; forward + backward")
     assert [line.split()[0] for line in lines] == [
         "30x8-50",
         "chunked",
@@ -134,7 +154,7 @@ def test_both_forms_of_the_loss_are_the_same_function():
     ("setting", "problem"),
     [
         ("cases=[30-4]", "cases must be like 16384x128-2048; got '30-4'"),
-        ("precision=bfloat16", "precision must be float32 or tf32"),
+        ("precision=bfloat16", "one of float32, tf32"),
         ("repeats=0", "repeats must be at least 1; got 0"),
     ],
 )
