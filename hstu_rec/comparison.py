@@ -64,7 +64,9 @@ class Row:
     source: str
     stds: dict[str, float] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=list)
-    valid: float | None = None  # validation value of the metric that chose the model
+    valid: list[float] = field(
+        default_factory=list
+    )  # of each seed, the metric that chose the model
     train_s: float | None = None
     trained_on: str = ""
     commits: list[str] = field(default_factory=list)
@@ -184,7 +186,7 @@ def _own_row(one: Measured, seen: str) -> Row:
         means={name: statistics.fmean(numbers) for name, numbers in values.items()},
         stds={name: statistics.stdev(v) for name, v in values.items() if len(v) > 1},
         source="; ".join([" ".join([one.file, *one.given]), *failed]),
-        valid=statistics.fmean(map(_selected, results)) if results else None,
+        valid=[_selected(result) for result in results],
         seeds=list(one.results),
         train_s=statistics.fmean(t["train_s"] for t in timings) if timings else None,
         trained_on=_listed(
@@ -267,7 +269,7 @@ def _cells(table: Table) -> Iterator[list[str]]:
     for row in table.rows:
         yield [
             row.label,
-            "" if row.valid is None else f"{row.valid:.4f}",
+            _mean_and_spread(row.valid),
             *(_value(row, name) for name in measured),
             _listed(map(str, row.seeds)) or ("none" if row.kind == "ours" else ""),
             _trained(row),
@@ -280,6 +282,13 @@ def _selected(result: Mapping[str, Any]) -> float:
     """The validation value that chose a run's model."""
     seen, metric = result["protocol"]["selection_metric"].split("/")
     return result["valid"][seen][metric]
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{spread}"
 
 
 def _value(row: Row, metric: str) -> str:
@@ -315,10 +324,11 @@ def draw(tables: Sequence[Table]) -> bytes:
             title = f"{Path(table.data_path).name}: {table.protocol}" if is_first else ""
             dress(axes, title, name)
             _draw_bars(axes, rows, metric, is_first)
+    kinds = [kind for kind in LEGEND if any(row.kind == kind for rows in ranked for row in rows)]
     figure.legend(
-        handles=[Patch(color=COLOURS[kind], label=label) for kind, label in LEGEND.items()],
+        handles=[Patch(color=COLOURS[kind], label=LEGEND[kind]) for kind in kinds],
         loc="outside lower center",
-        ncols=len(LEGEND),
+        ncols=max(len(kinds), 1),
         frameon=False,
         labelcolor=INK,
     )

@@ -330,7 +330,9 @@ def _described(hint: Any) -> str:
     if len(_members(hint)) > 1:
         return " or ".join(map(_described, _members(hint)))
     if get_origin(hint) in (list, tuple):
-        return f"a list, each {_described(get_args(hint)[0])}"
+        # Texts in a list need no quotes but where they hold a comma.
+        of = {str: "a text"}.get(get_args(hint)[0]) or _described(get_args(hint)[0])
+        return f"a list in brackets, [...], each {of}"
     return "null" if hint is type(None) else _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
 
 

@@ -136,7 +136,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     )
     assert f"{path}: unknown key 'iner.count'; did you mean 'inner.count'?" in text
     assert "inner.kind must be one of red, green; got gren; did you mean 'green'?" in text
-    assert "inner.sizes must be a list, each a whole number; got [1, x]" in text
+    assert "inner.sizes must be a list in brackets, [...], each a whole number; got [1, x]" in text
     assert "'inner.rate=fast': inner.rate must be a number; got fast" in text
     assert "inner.is_on=[" in text
     assert "unknown key 'count'; did you mean inner.count or other.count?" in text
