@@ -151,7 +151,10 @@ def _recipe(file: str, variant: str, shared: Sequence[str], folder: Path) -> Rec
     prepare_if_demo(config.data.path)
     dataset = Dataset(config.data.path)
     config, facts = resolved(config, dataset), identity_of_data(dataset.facts)
-    content = json.dumps([identity(config), facts], sort_keys=True)
+    # Of what differs from the defaults: a setting that a later version adds leaves the folders' names.
+    defaults = identity(RunConfig())
+    given = {key: value for key, value in identity(config).items() if value != defaults[key]}
+    content = json.dumps([given, facts], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
     return Recipe(
         file, tuple(shared), variant, config, facts, folder / f"{Path(file).stem}-{digest}"

@@ -2,9 +2,9 @@
 
     quality.folder/<recipe>-<digest>/seed_<seed>/      and seed_<seed>.log beside it
 
-The digest is of the resolved configuration and of the data, so that a changed recipe is another folder and
-what is done is never run again. Of the code the tables tell the commit that each row was made with: after a
-change of it, give another quality.folder. A stopped run goes on.
+The digest is of the settings that are not the defaults and of the data, so that a changed recipe is another
+folder and what is done is never run again. Of the code the tables tell the commit that each row was made
+with: after a change of it, give another quality.folder. A stopped run goes on.
 """
 
 import fcntl

@@ -18,7 +18,7 @@ from hstu_rec import runs as runs_module
 from hstu_rec.comparison import METRICS, Measured, compared, draw, page, read_published
 from hstu_rec.config import RunConfig, load
 from hstu_rec.quality import PUBLISHED, planned, quality
-from hstu_rec.runs import TRAIN_APP, Run, finished
+from hstu_rec.runs import TRAIN_APP, Run, finished, identity
 from tests.datasets import write_dataset
 from tests.results import PROTOCOL
 
@@ -436,3 +436,15 @@ def test_a_real_recipe_is_trained_and_then_known_as_done(tmp_path: Path, recipe:
     assert ours[1:6] == [f"{value:.4f}" for value in (chosen, *tested)]
     assert ours[7].endswith("2 x CPU") and ours[8] == result["versions"].get("commit", "unknown")
     assert ours[9].startswith(f"{recipe} encoder.dim=8 encoder.num_heads=2")
+
+
+def test_a_setting_that_a_later_version_adds_leaves_the_folders(
+    tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [recipe, f"quality.folder={tmp_path}"]
+    before = planned(arguments)[1][0].folder
+    monkeypatch.setattr(
+        "hstu_rec.quality.identity", lambda config: {**identity(config), "encoder.new": 1}
+    )
+    assert planned(arguments)[1][0].folder == before
+    assert planned([*arguments, "encoder.dim=24"])[1][0].folder != before
