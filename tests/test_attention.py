@@ -37,6 +37,20 @@ def make_inputs(lengths, heads=3, attention=5, value=7, bias_rows=1, positions=4
     return tensors, offsets, times
 
 
+def assert_equal_with_every_gradient(ours, expected, tensors):
+    """Outputs, and by name the gradients that they give `tensors`."""
+    results = []
+    for out in (ours, expected):
+        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        grads = torch.autograd.grad((out * weight).sum(), list(tensors.values()), allow_unused=True)
+        results.append([out, *grads])
+    for name, mine, theirs in zip(["out", *tensors], *results, strict=True):
+        theirs = torch.zeros_like(mine) if theirs is None else theirs
+        torch.testing.assert_close(
+            mine, theirs, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
 @pytest.mark.parametrize("kind", ["silu", "softmax"])
 @pytest.mark.parametrize("bias_rows", [1, 3])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
@@ -46,24 +60,12 @@ def test_grouped_attention_equals_the_reference_with_every_gradient(
 ):
     monkeypatch.setattr(grouped, "MAX_KEPT_ENTRIES", max_kept)
     tensors, offsets, times = make_inputs(lengths, bias_rows=bias_rows)
-    results = []
-    for function in (jagged_attention, jagged_attention_reference):
-        out = function(
-            **tensors,
-            offsets=offsets,
-            timestamps=times,
-            query_times=times + 977,
-            kind=kind,
-            scale=0.3,
-        )
-        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
-        grads = torch.autograd.grad((out * weight).sum(), list(tensors.values()), allow_unused=True)
-        results.append([out, *grads])
-    for name, ours, expected in zip(["out", *tensors], *results, strict=True):
-        expected = torch.zeros_like(ours) if expected is None else expected
-        torch.testing.assert_close(
-            ours, expected, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    settings = {"timestamps": times, "query_times": times + 977, "kind": kind, "scale": 0.3}
+    ours, expected = (
+        function(**tensors, offsets=offsets, **settings)
+        for function in (jagged_attention, jagged_attention_reference)
+    )
+    assert_equal_with_every_gradient(ours, expected, tensors)
 
 
 @pytest.mark.parametrize("kind", ["silu", "softmax"])
@@ -91,15 +93,7 @@ def test_candidates_and_windows_equal_the_reference_with_every_gradient(
         scale=0.3,
         **seen,
     )
-    weight = torch.linspace(-1, 1, ours.numel(), dtype=ours.dtype).view_as(ours)
-    results = [
-        [out, *torch.autograd.grad((out * weight).sum(), list(tensors.values()))]
-        for out in (ours, expected)
-    ]
-    for name, mine, theirs in zip(["out", *tensors], *results, strict=True):
-        torch.testing.assert_close(
-            mine, theirs, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    assert_equal_with_every_gradient(ours, expected, tensors)
 
 
 def test_a_history_without_candidates_is_plain_attention():
