@@ -29,18 +29,17 @@ MEASURES: dict[str, tuple[Any, Any]] = {
     "attention": (AttentionTimes, attention_times),
     "loss": (LossTimes, loss_times),
 }
+HELP = {"help", "--help", "-h"}
 
 
 def main(arguments: list[str]) -> None:
     measure, options = "".join(arguments[:1]), arguments[1:]
-    schemas = {name: schema for name, (schema, _) in MEASURES.items()} | {
-        "quality": QualitySettings
-    }
-    if {"help", "--help", "-h"} & set(arguments) and measure in {*schemas, "help", "--help", "-h"}:
-        of_measure = (
-            f"Keys of {measure}:\n{help_text(schemas[measure])}" if measure in schemas else ""
-        )
-        print(of_measure or __doc__)
+    schemas = {name: schema for name, (schema, _) in MEASURES.items()}
+    schemas["quality"] = QualitySettings
+    if HELP & set(arguments) and measure in schemas:
+        print(f"Keys of {measure}:\n{help_text(schemas[measure])}")
+    elif measure in HELP:
+        print(__doc__)
     elif measure == "quality":
         sys.exit(0 if quality(options) else 1)
     elif measure in MEASURES:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from hstu_rec import distributed
 from hstu_rec.checkpoint import write_file
@@ -151,20 +152,22 @@ def _recipe(file: str, variant: str, shared: Sequence[str], folder: Path) -> Rec
     prepare_if_demo(config.data.path)
     dataset = Dataset(config.data.path)
     config, facts = resolved(config, dataset), identity_of_data(dataset.facts)
-    # Of what differs from the defaults: a setting that a later version adds leaves the folders' names.
-    defaults = identity(RunConfig())
-    given = {key: value for key, value in identity(config).items() if value != defaults[key]}
-    content = json.dumps([given, facts], sort_keys=True)
+    content = json.dumps([_changes(config), facts], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
     return Recipe(
         file, tuple(shared), variant, config, facts, folder / f"{Path(file).stem}-{digest}"
     )
 
 
+def _changes(config: RunConfig) -> dict[str, Any]:
+    """The settings that are not the defaults: one that a later version adds leaves the folders' names."""
+    defaults = identity(RunConfig())
+    return {key: value for key, value in identity(config).items() if value != defaults[key]}
+
+
 def _measured(recipe: Recipe, seeds: Sequence[int], failures: dict[Run, str]) -> Measured:
     """The recipe's results and failures."""
     runs = {seed: Run(recipe, seed) for seed in seeds}
-    defaults = leaves(RunConfig())
     results = {seed: finished(run) for seed, run in runs.items() if run not in failures}
     return Measured(
         name=recipe.name,
@@ -172,7 +175,7 @@ def _measured(recipe: Recipe, seeds: Sequence[int], failures: dict[Run, str]) ->
         given=[*recipe.given, *recipe.variant.split()],
         data_path=recipe.config.data.path,
         uses_query_time=recipe.config.encoder.query_time == "next",
-        changes={k: v for k, v in identity(recipe.config).items() if v != defaults[k]},
+        changes=_changes(recipe.config),
         folder=recipe.folder,
         results={seed: result for seed, result in results.items() if result is not None},
         failures={seed: failures[run] for seed, run in runs.items() if run in failures},
