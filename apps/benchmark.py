@@ -4,6 +4,7 @@
     python apps/benchmark.py epoch [CONFIG.yaml ...] [key=value ...]    whole epochs, without validation
     python apps/benchmark.py curve [CONFIG.yaml ...] [key=value ...]    test figures after every epoch
     python apps/benchmark.py attention [key=value ...]                  attention alone, by shape and form
+    python apps/benchmark.py tune [key=value ...]                       compile options of its kernel, on CUDA
     python apps/benchmark.py loss [key=value ...]                       the loss alone, by size
     python apps/benchmark.py quality RECIPE.yaml ... [quality.key=value ...] [key=value ...]
 
@@ -17,6 +18,7 @@ import sys
 from typing import Any
 
 from hstu_rec.attention_benchmark import AttentionTimes, attention_times
+from hstu_rec.attention_tuning import option_times
 from hstu_rec.benchmark import compare_steps, figures_by_epoch, print_lines, time_epochs
 from hstu_rec.config import RunConfig, help_text, run_app
 from hstu_rec.loss_benchmark import LossTimes, loss_times
@@ -27,6 +29,7 @@ MEASURES: dict[str, tuple[Any, Any]] = {
     "epoch": (RunConfig, time_epochs),
     "curve": (RunConfig, figures_by_epoch),
     "attention": (AttentionTimes, attention_times),
+    "tune": (AttentionTimes, option_times),
     "loss": (LossTimes, loss_times),
 }
 HELP = {"help", "--help", "-h"}

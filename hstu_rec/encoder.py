@@ -48,7 +48,7 @@ class EncoderConfig:
     """silu(q.k + bias) / n (HSTU) or softmax(q.k / sqrt(A) + bias) (SASRec)."""
     attention_kernel: Literal["auto", "grouped", "triton"] = "auto"
     """grouped: plain torch, users of like length together, on any device. triton: fused, on CUDA. auto:
-    triton on CUDA (but for float64, heads wider than 128, candidates and a window), else grouped."""
+    triton on CUDA (but for float64 and heads wider than 128), else grouped."""
     window: int = 0
     """Newest events that an event attends to, itself (or the candidate) among them; 0 for all."""
     use_gate: bool = True
@@ -116,23 +116,23 @@ class EncoderConfig:
             found.append(
                 f"window {self.window} has no effect with max_history_len {self.max_history_len}; give 0"
             )
-        if self.window and self.attention_kernel == "triton":
-            found.append("attention_kernel 'triton' has no window yet; give auto or grouped")
         if self.is_bias_per_head and not (self.use_time_bias or self.use_position_bias):
             found.append("is_bias_per_head has no effect without a bias")
         return found
 
 
-def chosen_kernel(
-    config: EncoderConfig, device: str, dtype: torch.dtype, has_targets: bool
-) -> AttentionKernel:
+def head_width(config: EncoderConfig) -> int:
+    """Of a head's queries and keys or its values, whichever are wider."""
+    default = config.dim // config.num_heads
+    return max(config.attention_dim or default, config.value_dim or default)
+
+
+def chosen_kernel(config: EncoderConfig, device: str, dtype: torch.dtype) -> AttentionKernel:
     """What config.attention_kernel stands for on a device ("cpu", "cuda") with products in `dtype`."""
     if config.attention_kernel != "auto":
         return config.attention_kernel
-    default = config.dim // config.num_heads
-    width = max(config.attention_dim or default, config.value_dim or default)
-    needs_grouped = has_targets or config.window > 0 or width > MAX_FUSED_WIDTH
-    is_fused = device == "cuda" and dtype != torch.float64 and not needs_grouped
+    is_narrow = head_width(config) <= MAX_FUSED_WIDTH
+    is_fused = device == "cuda" and dtype != torch.float64 and is_narrow
     return "triton" if is_fused else "grouped"
 
 
@@ -291,12 +291,10 @@ class HSTUEncoder(nn.Module):
         self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_layers))
         self.final_norm = make_norm(config.final_norm, config.dim)
 
-    def attention_kernel(
-        self, dtype: torch.dtype = torch.float32, has_targets: bool = False
-    ) -> AttentionKernel:
+    def attention_kernel(self, dtype: torch.dtype = torch.float32) -> AttentionKernel:
         """What config.attention_kernel is on the encoder's device, with products in `dtype`."""
         device = next(self.parameters()).device
-        return chosen_kernel(self.config, device.type, dtype, has_targets)
+        return chosen_kernel(self.config, device.type, dtype)
 
     def layout(
         self,
@@ -326,8 +324,9 @@ class HSTUEncoder(nn.Module):
             offsets,
             config.num_heads,
             *times,
-            kernel=self.attention_kernel(dtype, num_targets is not None),
+            kernel=self.attention_kernel(dtype),
             dtype=dtype,
+            width=head_width(config),
             num_targets=num_targets,
             window=config.window,
         )

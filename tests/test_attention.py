@@ -127,7 +127,6 @@ def test_a_history_without_candidates_is_plain_attention():
         ),
         ({"num_targets": [0, 1]}, r"must be an int64 tensor \[2\], .* got list torch.int64 \[2\]"),
         ({"num_targets": torch.tensor([0.0, 1.0])}, "got Tensor torch.float32"),
-        ({"kernel": "triton", "window": 2}, "no candidates and no window yet"),
     ],
 )
 def test_candidates_and_windows_that_cannot_be_are_refused(seen, problem):

@@ -104,26 +104,22 @@ def test_a_history_longer_than_the_encoder_takes_is_refused_but_for_its_candidat
 
 def test_auto_is_the_fused_kernel_where_it_was_run():
     half, plain = torch.bfloat16, EncoderConfig(dim=64)
-    assert chosen_kernel(plain, "cuda", half, has_targets=False) == "triton"
-    assert chosen_kernel(plain, "cuda", torch.float32, has_targets=False) == "triton"
-    for config, device, dtype, has_targets in (
-        (plain, "cpu", torch.float32, False),
-        (plain, "cuda", torch.float64, False),
-        (plain, "cuda", half, True),
-        (EncoderConfig(dim=64, window=3), "cuda", half, False),
-        (EncoderConfig(dim=512), "cuda", half, False),
-        (EncoderConfig(dim=64, value_dim=256), "cuda", half, False),
+    assert chosen_kernel(plain, "cuda", half) == "triton"
+    assert chosen_kernel(plain, "cuda", torch.float32) == "triton"
+    for config, device, dtype in (
+        (plain, "cpu", torch.float32),
+        (plain, "cuda", torch.float64),
+        (EncoderConfig(dim=512), "cuda", half),
+        (EncoderConfig(dim=64, value_dim=256), "cuda", half),
     ):
-        assert chosen_kernel(config, device, dtype, has_targets) == "grouped"
-    chosen = EncoderConfig(dim=512, attention_kernel="triton")
-    assert chosen_kernel(chosen, "cpu", half, has_targets=True) == "triton"
+        assert chosen_kernel(config, device, dtype) == "grouped"
+    assert chosen_kernel(EncoderConfig(dim=512, attention_kernel="triton"), "cpu", half) == "triton"
 
 
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
         ({"window": 50}, "window 50 has no effect with max_history_len 50"),
-        ({"window": 4, "attention_kernel": "triton"}, "'triton' has no window yet"),
         ({"window": -1}, "window must be at least 0"),
     ],
 )

@@ -8,7 +8,13 @@ import torch
 
 from hstu_rec import EncoderConfig, HSTUEncoder
 from hstu_rec.ops import jagged_attention, jagged_attention_reference, jagged_layout
-from hstu_rec.ops.triton import block_layout, fused_attention, triton_attention
+from hstu_rec.ops.triton import (
+    bucket_table,
+    distance_table,
+    fused_attention,
+    triton_attention,
+)
+from hstu_rec.ops.triton_layout import block_layout
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALVES = [torch.float16, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float16]
@@ -19,6 +25,9 @@ LENGTHS = {
     "nobody": [0, 0],
     "no user": [],
 }
+# Histories of several blocks as they are chosen, and widths of heads.
+LONG = [400, 130, 64, 1] if DEVICE.type == "cuda" else [140, 1]
+WIDTHS = [32, 128, 256] if DEVICE.type == "cuda" else [32]
 NAMES = ("q", "k", "v", "position_bias", "time_bias")
 
 
@@ -57,14 +66,16 @@ def results(function, inputs, dtype, device="cpu", **settings):
     return {name: x.detach().cpu().double() for name, x in {"out": out, **grads}.items()}
 
 
-def compared(inputs, offsets, times, dtype=torch.float32, block=16, kind="silu"):
+def compared(inputs, offsets, times, dtype=torch.float32, block=16, kind="silu", **seen):
     """{name: (what the kernel found, what float64 found, error of plain torch in that precision)}"""
     query_times = times + 977
     shared = {"scale": 0.3, "kind": kind}
-    settings = {"offsets": offsets, "timestamps": times, "query_times": query_times, **shared}
-    exact = results(jagged_attention_reference, inputs, torch.float64, **settings)
-    plain = results(jagged_attention, inputs, dtype, **settings)
-    layout = block_layout(offsets, times, query_times, block).to(DEVICE)
+    settings = {"timestamps": times, "query_times": query_times, **seen, **shared}
+    exact = results(jagged_attention_reference, inputs, torch.float64, offsets=offsets, **settings)
+    layout = jagged_layout(offsets, inputs["q"].shape[1], times, query_times, **seen)
+    plain = results(jagged_attention, inputs, dtype, offsets=offsets, layout=layout, **shared)
+    width = max(inputs["q"].shape[2], inputs["v"].shape[2])
+    layout = block_layout(offsets, times, query_times, dtype, width, block, **seen).to(DEVICE)
     fused = results(triton_attention, inputs, dtype, DEVICE, layout=layout, **shared)
     return {name: (fused[name], want, error(plain[name], want)) for name, want in exact.items()}
 
@@ -114,6 +125,32 @@ def test_any_widths_heads_tables_and_blocks(heads, attention, value, bias_rows, 
     assert_as_exact_as_plain_torch(compared(inputs, offsets, times, block=block), eps=5e-7)
 
 
+@pytest.mark.parametrize("is_repeatable", [False, True])
+@pytest.mark.parametrize("kind", ["silu", "softmax"])
+@pytest.mark.parametrize("without", [(), NAMES[3:]], ids=lambda names: f"no {names}")
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("num_targets", [None, [1, 0, 2, 40, 3]], ids=["history", "candidates"])
+def test_candidates_and_windows(num_targets, window, without, kind, is_repeatable):
+    inputs, offsets, times = make_inputs([1, 0, 2, 57, 40], heads=1)
+    inputs |= dict.fromkeys(without)
+    targets = None if num_targets is None else torch.tensor(num_targets)
+    torch.use_deterministic_algorithms(is_repeatable)
+    try:
+        seen = {"num_targets": targets, "window": window}
+        found = compared(inputs, offsets, times, kind=kind, **seen)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_as_exact_as_plain_torch(found, eps=5e-7)
+
+
+@pytest.mark.parametrize("kind", ["silu", "softmax"])
+@pytest.mark.parametrize("spread", [1, 10**7], ids=["few buckets", "many buckets"])
+def test_blocks_far_apart(spread, kind):
+    inputs, offsets, times = make_inputs([150, 3], heads=2, positions=90)
+    times = torch.arange(153) * 1000 + torch.randint(0, spread, (153,)).sort().values
+    assert_as_exact_as_plain_torch(compared(inputs, offsets, times, kind=kind), eps=5e-7)
+
+
 @pytest.mark.parametrize("kind", ["silu", "softmax"])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_precision_is_as_exact_as_plain_torch(dtype, kind):
@@ -121,6 +158,23 @@ def test_half_precision_is_as_exact_as_plain_torch(dtype, kind):
     # The inputs' own rounding is no error of either.
     inputs = {name: x.to(dtype).double() for name, x in inputs.items()}
     assert_as_exact_as_plain_torch(compared(inputs, offsets, times, dtype, kind=kind), eps=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["silu", "softmax"])
+@pytest.mark.parametrize("has_targets", [False, True], ids=["history", "candidates"])
+@pytest.mark.parametrize("order", ["in order", "shuffled"])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_blocks_as_they_are_chosen(dtype, width, order, has_targets, kind):
+    inputs, offsets, _ = make_inputs(LONG, 2, width, width, positions=300)
+    inputs = {name: x.to(dtype).double() for name, x in inputs.items()}
+    inputs["q"] /= width**0.5  # scores of the size that they have in a layer
+    times = torch.arange(sum(LONG)) * 9000 + torch.randint(0, 9000, (sum(LONG),))
+    if order == "shuffled":
+        times = times[torch.randperm(len(times))]
+    targets = torch.tensor(LONG) // 7 if has_targets else None
+    found = compared(inputs, offsets, times, dtype, 0, kind, num_targets=targets)
+    assert_as_exact_as_plain_torch(found, eps=1e-5)
 
 
 @pytest.mark.usefixtures("repeatable")
@@ -162,8 +216,10 @@ def test_the_operator_keeps_what_torch_compile_asks_of_it(is_softmax):
     inputs, offsets, times = make_inputs([3, 20])
     x = block_layout(offsets, times, block=16).to(DEVICE)
     leaves = [t.to(DEVICE, torch.float32).requires_grad_() for t in inputs.values()]
+    tables = [distance_table(leaves[3], x, 1.0).detach(), bucket_table(leaves[4], 1.0).detach()]
+    tables = [table.requires_grad_() for table in tables]
     blocks = (x.query_users, x.query_begins, x.key_users, x.key_begins, x.now, x.then)
-    arguments = (*leaves, x.offsets, *blocks, 0.3, 16, is_softmax)
+    arguments = (*leaves[:3], *tables, x.offsets, None, *blocks, 0.3, 16, 0, True, True, is_softmax)
     torch.library.opcheck(
         fused_attention,
         arguments,

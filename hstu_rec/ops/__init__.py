@@ -47,6 +47,7 @@ def jagged_layout(
     query_times: Tensor | None = None,
     kernel: AttentionKernel = "grouped",
     dtype: torch.dtype = torch.float32,
+    width: int = 64,
     *,
     num_targets: Tensor | None = None,
     window: int = 0,
@@ -55,8 +56,8 @@ def jagged_layout(
 
     Args:
         offsets: int64 [B+1]. timestamps, query_times: int64 [T] in s, needed for a time bias only.
-        kernel: grouped is plain torch on any device. triton is fused, on a GPU; `dtype`, that of q, k and v,
-            sets its blocks. It has no candidates and no window yet.
+        kernel: grouped is plain torch on any device. triton is fused, on a GPU; `dtype` and `width` of a
+            head's queries, keys and values (the wider) set its blocks.
         num_targets: int64 [B], how many of each user's newest rows are candidates: they see the history and
             themselves, not each other, and stand where the next event would (a distance of 1 to the newest
             event of the history, of 0 to themselves). Their pairs with each other are computed and hidden.
@@ -67,13 +68,11 @@ def jagged_layout(
     _check_seen(offsets, num_targets, window)
     if kernel == "grouped":
         return grouped_layout(offsets, num_heads, timestamps, query_times, num_targets, window)
-    if num_targets is not None or window:
-        raise ValueError(
-            "the triton kernel has no candidates and no window yet; give attention_kernel=grouped"
-        )
-    from hstu_rec.ops.triton import BLOCKS, block_layout
+    from hstu_rec.ops.triton_layout import block_layout
 
-    return block_layout(offsets, timestamps, query_times, BLOCKS.get(dtype, min(BLOCKS.values())))
+    return block_layout(
+        offsets, timestamps, query_times, dtype, width, num_targets=num_targets, window=window
+    )
 
 
 def _check_seen(offsets: Tensor, num_targets: Tensor | None, window: int) -> None:
@@ -137,7 +136,8 @@ def jagged_attention(
     bias = {"position_bias": position_bias, "time_bias": time_bias}
     if isinstance(layout, GroupedLayout):
         return grouped_attention(q, k, v, layout, kind=kind, scale=scale, **bias)
-    from hstu_rec.ops.triton import BlockLayout, triton_attention
+    from hstu_rec.ops.triton import triton_attention
+    from hstu_rec.ops.triton_layout import BlockLayout
 
     assert isinstance(layout, BlockLayout), type(layout)
     return triton_attention(q, k, v, layout, kind=kind, scale=scale, **bias)

@@ -1,85 +1,35 @@
 """Jagged attention in Triton, with the learned position and time bias computed in the kernel."""
 
-from dataclasses import dataclass
+import functools
+import math
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 
-from hstu_rec.distributed import on_device
-from hstu_rec.ops.reference import NUM_TIME_BUCKETS, AttentionKind
-from hstu_rec.ops.triton_kernels import (
+from hstu_rec.ops.reference import TIME_BUCKET_WIDTH, AttentionKind
+from hstu_rec.ops.triton_bias import (
     HISTOGRAM,
-    Inputs,
-    backward_keys,
-    backward_queries,
-    forward,
+    NUM_BEFORE,
+    NUM_BUCKETS,
+    POSITION_LANES,
+    TIME_LANES,
 )
+from hstu_rec.ops.triton_kernels import backward, forward
+from hstu_rec.ops.triton_layout import BlockLayout
+from hstu_rec.ops.triton_parts import Inputs
+from hstu_rec.ops.triton_repeatable import backward_queries
 
-# Queries or keys that a program owns, and that it meets at a time: more in half precision, where their
-# tiles still fit the registers (float32 spills from 64 on, on Hopper).
-BLOCKS = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
 # Products of float32 in three passes of TF32: as exact as float32's own, on the tensor cores.
 PRECISION = "tf32x3"
-
-
-@dataclass(frozen=True)
-class BlockLayout:
-    """Where the blocks of a jagged batch are, those with the most work first; shared by all layers."""
-
-    block: int
-    offsets: Tensor  # int64 [B+1]
-    query_users: Tensor  # int32 [n]: owner of each block of queries
-    query_begins: Tensor  # int32 [n]: its first event in the history
-    key_users: Tensor  # int32 [n]
-    key_begins: Tensor  # int32 [n]
-    now: Tensor | None  # int32 or int64 [T], s since the user's first event; for a time bias
-    then: Tensor | None  # the same of the events themselves
-
-    @property
-    def num_targets(self) -> None:
-        """No candidates yet."""
-        return None
-
-    def to(self, device: torch.device) -> "BlockLayout":
-        """The layout on `device`; made on CPU and moved, it costs no wait for the device."""
-        return on_device(self, device)
-
-
-def block_layout(
-    offsets: Tensor,
-    timestamps: Tensor | None = None,
-    query_times: Tensor | None = None,
-    block: int = BLOCKS[torch.float32],
-) -> BlockLayout:
-    """The layout of a batch with int64 `offsets` [B+1]; times (int64 [T], s) only for a time bias.
-
-    `block`: events a program owns, 16 at least; BLOCKS has good ones.
-    """
-    device, starts = offsets.device, offsets.cpu()
-    lengths = starts.diff()
-    counts = (lengths + block - 1) // block
-    users = torch.repeat_interleave(torch.arange(len(lengths)), counts)
-    begins = (torch.arange(len(users)) - (counts.cumsum(0) - counts)[users]) * block
-    of_queries = _heaviest_first(users, begins, begins, device)
-    of_keys = _heaviest_first(users, begins, lengths[users] - begins, device)
-    now = then = None
-    if timestamps is not None:
-        now, then = timestamps if query_times is None else query_times, timestamps
-        first = torch.repeat_interleave(starts[:-1], lengths).to(device)
-        now, then = now - timestamps[first], then - timestamps[first]
-        if len(then) and max(int(now.abs().max()), int(then.abs().max())) < 2**30:
-            now, then = now.int(), then.int()
-    return BlockLayout(block, offsets, *of_queries, *of_keys, now, then)
-
-
-def _heaviest_first(
-    users: Tensor, begins: Tensor, work: Tensor, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Owners and first events of blocks as int32 on `device`: short programs then fill the gaps."""
-    order = torch.argsort(work, descending=True, stable=True)
-    return users[order].int().to(device), begins[order].int().to(device)
+# What bias by distance is for keys after the query.
+UNSEEN = -1e30
+# Rows of memory, about, that programs in turn add their gradients of the tables to.
+NUM_ROWS = 64
+LOG2_E = math.log2(math.e)
+LANES = POSITION_LANES.value, TIME_LANES.value
 
 
 def triton_attention(
@@ -96,56 +46,124 @@ def triton_attention(
     """Causal attention [T, H, V]; arguments as in `hstu_rec.ops.jagged_attention`.
 
     A time difference within float32's rounding of a bucket's edge may fall to the neighbour. The last bits
-    of the position bias's gradient vary from run to run, unless torch.use_deterministic_algorithms is on;
-    then it takes a row of the table's length for every `layout.block` events of a head.
+    of the gradients of q and of the tables vary from run to run, unless
+    torch.use_deterministic_algorithms is on; then they take another pass over the keys, and memory of a
+    row of the table's length for every `layout.block` events of a head.
     """
     if time_bias is not None and layout.then is None:
         raise ValueError("time_bias is given without timestamps; pass int64 timestamps [T] in s")
-    bias = position_bias, time_bias
+    unit = LOG2_E if kind == "softmax" else 1.0
+    by_distance = distance_table(position_bias, layout, unit)
+    by_bucket = None if time_bias is None else bucket_table(time_bias, unit)
     blocks = layout.query_users, layout.query_begins, layout.key_users, layout.key_begins
     times = (layout.now, layout.then) if time_bias is not None else (None, None)
-    others = scale, layout.block, kind == "softmax"
-    return fused_attention(q, k, v, *bias, layout.offsets, *blocks, *times, *others)[0]
+    others: Any = scale, layout.block, layout.window, layout.is_sorted
+    others = *others, position_bias is not None, kind == "softmax"
+    where = layout.offsets, layout.num_seen
+    return fused_attention(q, k, v, by_distance, by_bucket, *where, *blocks, *times, *others)[0]
+
+
+def distance_table(table: Tensor | None, layout: BlockLayout, unit: float) -> Tensor:
+    """float32 [1 or H, NUM_BEFORE + longest + NUM_BEFORE]: bias by every distance in a block's reach."""
+    count = layout.longest + NUM_BEFORE.value
+    if table is None:
+        known = torch.zeros(1, count, device=layout.offsets.device)
+    else:
+        known = table.float()[:, :count] * unit
+        rest = known[:, -1:].expand(-1, count - known.shape[1])
+        known = torch.cat([known, rest], 1)
+    unseen = known.new_full((len(known), NUM_BEFORE.value), UNSEEN)
+    if layout.window:
+        known = known[:, : layout.window]
+        beyond = known.new_full((len(known), count - known.shape[1]), UNSEEN)
+        known = torch.cat([known, beyond], 1)
+    return torch.cat([unseen, known], 1)
+
+
+def bucket_table(table: Tensor, unit: float) -> Tensor:
+    """float32 [1 or H, NUM_BUCKETS]: time bias, the last bucket's as often as times can be apart."""
+    table = table.float() * unit
+    return torch.cat([table, table[:, -1:].expand(-1, NUM_BUCKETS.value - table.shape[1])], 1)
+
+
+@functools.cache
+def _bucket_edges(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[NUM_BUCKETS + 3]: the least differences in s of the buckets, at most the largest number."""
+    exact = (torch.arange(NUM_BUCKETS.value + 3, dtype=torch.float64) * TIME_BUCKET_WIDTH).exp()
+    largest = torch.iinfo(dtype).max
+    edges = exact.ceil().clamp(max=2.0**62).long().clamp(max=largest)
+    edges[0] = 0
+    return edges.to(device, dtype)
 
 
 def inputs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    position_bias: Tensor | None,
-    time_bias: Tensor | None,
+    by_distance: Tensor,
+    by_bucket: Tensor | None,
+    now: Tensor | None,
+    then: Tensor | None,
     **others: Any,
 ) -> Inputs:
     """What the kernels read; rows whose entries are apart are copied."""
     q, k, v = rows = [x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v)]
-    tables = [None if table is None else table.contiguous() for table in (position_bias, time_bias)]
+    tables = by_distance, by_bucket
     return Inputs(
         q=q,
         k=k,
         v=v,
-        position_bias=tables[0],
-        time_bias=tables[1],
+        by_distance=by_distance,
+        by_bucket=by_bucket,
         strides=tuple(x.stride(0) for x in rows),
         head_strides=tuple(x.stride(1) for x in rows),
-        bias_strides=tuple(0 if t is None or len(t) == 1 else t.shape[1] for t in tables),
-        num_positions=1 if position_bias is None else position_bias.shape[1],
+        table_strides=tuple(0 if t is None or len(t) == 1 else t.shape[1] for t in tables),
         num_heads=q.shape[1],
         attention_dim=q.shape[2],
         value_dim=v.shape[2],
+        now=now,
+        then=then,
+        edges=None if now is None else _bucket_edges(q.device, now.dtype),
         **others,
     )
 
 
-def shape(x: Inputs, block: int) -> dict[str, Any]:
-    """What is known when a kernel is compiled."""
+def _options(x: Inputs, block: int, has_position: bool) -> dict[str, Any]:
+    """What is known when a kernel is compiled, but for the events that it meets at a time."""
     a, v = (max(16, triton.next_power_of_2(dim)) for dim in (x.attention_dim, x.value_dim))
+    is_native = not knobs.runtime.interpret
     return {
         "A": a,
         "V": v,
-        "N": block,
+        "FAST": is_native and x.q.dtype == torch.bfloat16,
+        "NATIVE": is_native,
         "PRECISION": PRECISION,
-        "num_warps": 8 if max(a, v) > 64 else 4,
+        "HAS_POSITION": has_position,
+        "HAS_WINDOW": x.window > 0,
+        # A tensor core takes 64 rows from four warps: eight on a block of 64 would share its columns.
+        "num_warps": 4 if block <= 64 and max(a, v) <= 128 else 8,
     }
+
+
+def forward_options(x: Inputs, block: int, has_position: bool) -> dict[str, Any]:
+    """What `forward` is compiled with: narrow heads leave room for two programs on a processor."""
+    known = _options(x, block, has_position)
+    step = 32 if max(known["A"], known["V"]) <= 64 else 64
+    return {**known, "M": block, "N": min(block, step), "num_stages": 3}
+
+
+def backward_options(x: Inputs, block: int, has_position: bool) -> dict[str, Any]:
+    """What `backward` is compiled with: fewer queries at a time where width and times need the registers.
+
+    Other numbers of stages read out of range in triton 3.6, as the kernel that it is compared with does.
+    """
+    known = _options(x, block, has_position)
+    width = max(known["A"], known["V"])
+    step = min(block, 32 if width > 128 or (width > 64 and x.by_bucket is not None) else 64)
+    # Then the warps share out the rows of a product's result; on smaller ones some hold the same.
+    is_whole = block >= 16 * known["num_warps"] and block >= 64 and step >= 32
+    is_once = known["NATIVE"] and x.q.dtype != torch.float32 and is_whole
+    return {**known, "M": step, "N": block, "ONCE": is_once, "num_stages": 2}
 
 
 @torch.library.custom_op("hstu_rec::fused_attention", mutates_args=())
@@ -153,9 +171,10 @@ def fused_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    position_bias: Tensor | None,
-    time_bias: Tensor | None,
+    by_distance: Tensor,
+    by_bucket: Tensor | None,
     offsets: Tensor,
+    num_seen: Tensor | None,
     query_users: Tensor,
     query_begins: Tensor,
     key_users: Tensor,
@@ -164,30 +183,23 @@ def fused_attention(
     then: Tensor | None,
     scale: float,
     block: int,
+    window: int,
+    is_sorted: bool,
+    has_position: bool,
     is_softmax: bool,
 ) -> tuple[Tensor, Tensor]:
     """`triton_attention` with the tensors of its layout, as torch.compile sees it; and the logsumexp of the
-    scores, float32 [T, H], empty for silu."""
+    scores to base 2, float32 [T, H], empty for silu."""
     out = v.new_empty(v.shape)
     logsumexp = q.new_empty(q.shape[:2] if is_softmax else 0, dtype=torch.float32)
     x = inputs(
-        q,
-        k,
-        v,
-        position_bias,
-        time_bias,
-        grad_out=None,
-        logsumexp=logsumexp if is_softmax else None,
-        delta=None,
-        offsets=offsets,
-        users=query_users,
-        begins=query_begins,
-        now=now,
-        then=then,
-        scale=scale,
-    )
-    if num_programs := len(query_users) * q.shape[1]:
-        forward[(num_programs,)](x, out, **shape(x, block))
+        q, k, v, by_distance, by_bucket, now, then, offsets=offsets, num_seen=num_seen, window=window,
+        is_sorted=int(is_sorted),
+        users=query_users, begins=query_begins, scale=scale,
+        grad_out=None, delta=None, logsumexp=logsumexp if is_softmax else None,
+    )  # fmt: skip
+    if num_programs := len(query_users) * x.num_heads:
+        forward[(num_programs,)](x, out, **forward_options(x, block, has_position))
     return out, logsumexp
 
 
@@ -199,9 +211,10 @@ def fused_attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    position_bias: Tensor | None,
-    time_bias: Tensor | None,
+    by_distance: Tensor,
+    by_bucket: Tensor | None,
     offsets: Tensor,
+    num_seen: Tensor | None,
     query_users: Tensor,
     query_begins: Tensor,
     key_users: Tensor,
@@ -210,54 +223,66 @@ def fused_attention_backward(
     then: Tensor | None,
     scale: float,
     block: int,
+    window: int,
+    is_sorted: bool,
+    has_position: bool,
     is_softmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of the bias tables, float32; those of no table are empty.
+    """Gradients of q, k, v and of the tables, float32; that of no table is empty.
 
     `out` and `logsumexp` of forward are read for softmax alone.
     """
     delta = (grad_out.float() * out.float()).sum(-1) if is_softmax else None
     x = inputs(
-        q,
-        k,
-        v,
-        position_bias,
-        time_bias,
-        grad_out=grad_out.contiguous(),
-        logsumexp=logsumexp if is_softmax else None,
-        delta=delta,
-        offsets=offsets,
-        users=query_users,
-        begins=query_begins,
-        now=now,
-        then=then,
-        scale=scale,
-    )
-    grad_q, grad_k, grad_v = (y.new_empty(y.shape) for y in (q, k, v))
-    num_programs = len(query_users) * q.shape[1]
-    # A program's own sums come in one order: two tiles share a distance, and a + b is b + a.
+        q, k, v, by_distance, by_bucket, now, then, offsets=offsets, num_seen=num_seen, window=window,
+        is_sorted=int(is_sorted),
+        users=key_users, begins=key_begins, scale=scale,
+        grad_out=grad_out.contiguous(), delta=delta, logsumexp=logsumexp if is_softmax else None,
+    )  # fmt: skip
     is_repeatable = torch.are_deterministic_algorithms_enabled()
-    num_rows = 0 if position_bias is None else len(position_bias)
-    num_rows = num_programs if is_repeatable else num_rows
-    by_position = q.new_zeros(num_rows, x.num_positions, dtype=torch.float32)
-    by_bucket = q.new_zeros(num_programs, HISTOGRAM.value, dtype=torch.float32)
-    if num_programs:
-        known = shape(x, block)
-        own: dict[str, Any] = {**known, "HAS_OWN_ROW": is_repeatable}
-        backward_queries[(num_programs,)](x, grad_q, by_position, by_bucket, **own)
-        x = x._replace(users=key_users, begins=key_begins)
-        backward_keys[(num_programs,)](x, grad_k, grad_v, **known)
+    num_programs = len(query_users) * x.num_heads
+    num_rows, lanes = math.ceil(NUM_ROWS / x.num_heads) * x.num_heads, LANES
     if is_repeatable:
-        by_position = _of_table(by_position, position_bias, x.num_heads)
-    by_bucket = _of_table(by_bucket[:, :NUM_TIME_BUCKETS], time_bias, x.num_heads)
-    return grad_q, grad_k, grad_v, by_position, by_bucket
+        num_rows, lanes = num_programs * (1 if num_seen is None else 2), (1, 1)
+    sums = table_sums(x, num_rows, lanes, has_position)
+    grad_q = torch.zeros_like(q, dtype=q.dtype if is_repeatable else torch.float32)
+    grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)
+    if num_programs:
+        grid, ends = (num_programs,), (*sums, sums[0].shape[-1])
+        options = backward_options(x, block, has_position)
+        if is_repeatable:
+            own: dict[str, Any] = {n: options[n] for n in options if n not in ("M", "ONCE")}
+            own["num_stages"] = 1
+            of_queries = x._replace(users=query_users, begins=query_begins)
+            backward_queries[grid](of_queries, grad_q, *ends, **own)
+        mode: dict[str, Any] = {**options, "IS_REPEATABLE": is_repeatable}
+        backward[grid](x, grad_q, grad_k, grad_v, *ends, num_rows, **mode)
+    # The kernels' sums are of gradients of q k^T; softmax's tables have another unit.
+    unit = 1 / (LOG2_E * scale) if is_softmax else 1.0
+    of_distance, of_bucket = (
+        _of_table(of_rows, table, x.num_heads, unit)
+        for of_rows, table in zip(sums, (by_distance, by_bucket), strict=True)
+    )
+    return grad_q.to(q.dtype), grad_k, grad_v, of_distance, of_bucket
 
 
-def _of_table(by_program: Tensor, table: Tensor | None, num_heads: int) -> Tensor:
-    """Sums [programs, P], heads in turn, added up to the gradient of a table [1 or H, P]; [0, P] of none."""
-    if table is None:
-        return by_program[:0].clone()
-    by_head = by_program.unflatten(0, (-1, num_heads)).sum(0)
+def table_sums(
+    x: Inputs, num_rows: int, lanes: tuple[int, int], has_position: bool
+) -> tuple[Tensor, Tensor]:
+    """Zeros [num_rows, lanes, P], to which programs add their gradients of the tables; P as
+    `add_position_grads` wants it, and HISTOGRAM; [0, lanes, P] without a table."""
+    widths = math.ceil(x.by_distance.shape[1] / 8) * 8 + 1, HISTOGRAM.value
+    counts = num_rows * has_position, num_rows * (x.by_bucket is not None)
+    return tuple(x.by_distance.new_zeros(*size) for size in zip(counts, lanes, widths, strict=True))
+
+
+def _of_table(sums: Tensor, table: Tensor | None, num_heads: int, unit: float) -> Tensor:
+    """Sums [rows, lanes, P], heads in turn, added up to the gradient of a table [1 or H, n]; [0, n] of no
+    rows."""
+    width = NUM_BUCKETS.value if table is None else table.shape[1]
+    if table is None or not len(sums):
+        return sums.new_zeros(0, width)
+    by_head = sums[:, :, :width].unflatten(0, (-1, num_heads)).sum((0, 2)) * unit
     return by_head if len(table) > 1 else by_head.sum(0, keepdim=True)
 
 
@@ -270,15 +295,15 @@ def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 @fused_attention_backward.register_fake
 def _(grad_out: Tensor, out: Tensor, logsumexp: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    rows, tables = others[:3], others[3:5]
-    empty = (0, 1), (0, NUM_TIME_BUCKETS)
-    sizes = [e if t is None else t.shape for t, e in zip(tables, empty, strict=True)]
-    of_tables = (rows[0].new_empty(size, dtype=torch.float32) for size in sizes)
-    return *(x.new_empty(x.shape) for x in rows), *of_tables
+    rows, (by_distance, by_bucket), has_position = others[:3], others[3:5], others[-2]
+    of_distance = by_distance.new_empty(len(by_distance) * has_position, by_distance.shape[1])
+    size = (0, NUM_BUCKETS.value) if by_bucket is None else by_bucket.shape
+    return *(x.new_empty(x.shape) for x in rows), of_distance, by_distance.new_empty(size)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.block, ctx.is_softmax = inputs
+    tensors, ctx.settings = inputs[:13], inputs[13:]
+    *_, ctx.has_position, ctx.is_softmax = ctx.settings
     out, logsumexp = output
     ctx.mark_non_differentiable(logsumexp)
     # Silu needs no output for its gradients.
@@ -287,15 +312,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     out, logsumexp, *tensors = ctx.saved_tensors
-    others = ctx.scale, ctx.block, ctx.is_softmax
-    *of_rows, of_position, of_time = fused_attention_backward(
-        grad_out, out, logsumexp, *tensors, *others
+    *of_rows, of_distance, of_bucket = fused_attention_backward(
+        grad_out, out, logsumexp, *tensors, *ctx.settings
     )
-    tables = (
-        None if table is None else grad.to(table.dtype)
-        for table, grad in zip(tensors[3:5], (of_position, of_time), strict=True)
-    )
-    return *of_rows, *tables, *[None] * (len(tensors) - 5 + len(others))
+    tables = of_distance if ctx.has_position else None, None if tensors[4] is None else of_bucket
+    return *of_rows, *tables, *[None] * (len(tensors) - 5 + len(ctx.settings))
 
 
 fused_attention.register_autograd(_gradients, setup_context=_keep)

@@ -1,0 +1,104 @@
+"""Times the fused kernel's compile options by shape, to choose those that `hstu_rec.ops.triton` ships."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hstu_rec.attention_benchmark import AttentionTimes, median_s
+from hstu_rec.attention_forms import Shape
+from hstu_rec.ops import NUM_TIME_BUCKETS
+from hstu_rec.ops import triton as fused
+from hstu_rec.ops.triton_layout import block_layout
+
+# (events owned, events met at a time, warps, stages) of each kernel; others spill registers, or do the same
+# work twice (eight warps on a block of 64), as the compiler shows without a GPU.
+FORWARD = [
+    *(
+        (128, step, 8, stages)
+        for step, stages in ((32, 3), (32, 4), (64, 2), (64, 3), (64, 4), (128, 2))
+    ),
+    *((64, step, 4, stages) for step, stages in ((32, 3), (64, 2), (64, 3))),
+]
+BACKWARD = [
+    *((block, step, block // 16, 2) for block, step in ((128, 32), (128, 64), (64, 32), (64, 64))),
+]
+NUM_SHOWN = 4
+
+
+def option_times(config: AttentionTimes, device: torch.device) -> Iterator[str]:
+    """Lines, one for a shape, kernel and bias: ms of the quickest options."""
+    for text, has_bias in itertools.product(config.shapes, (False, True)):
+        shape, num_events = Shape.of(text), config.num_events or 131_072
+        lengths = torch.from_numpy(shape.lengths(num_events))
+        for name, candidates in (("forward", FORWARD), ("backward", BACKWARD)):
+            found = []
+            for block, step, warps, stages in candidates:
+                if step > block:
+                    continue
+                run, usual = _kernel(shape, lengths, block, name, has_bias, device)
+                own = {"num_warps": warps, "num_stages": stages}
+                sizes = {"M": block, "N": step} if name == "forward" else {"M": step, "N": block}
+                seconds = _seconds(lambda run=run, o={**usual, **sizes, **own}: run(o), config)
+                found.append((seconds, (block, step, warps, stages)))
+            best = sorted(found)[:NUM_SHOWN]
+            shown = "  ".join(f"{s * 1e3:.3f} {o}" for s, o in best)
+            yield f"{text:20s} {'bias' if has_bias else 'none'} {name:8s} {shown}"
+
+
+def _seconds(work: Callable[[], object], config: AttentionTimes) -> float:
+    """Median seconds, infinite for options that the device cannot hold."""
+    try:
+        return median_s(work, config.repeats, torch.device("cuda"))
+    except Exception as error:  # Triton has a class of its own for each resource
+        if "out of resource" not in str(error):
+            raise
+        return float("inf")
+
+
+def _kernel(
+    shape: Shape, lengths: Tensor, block: int, name: str, has_bias: bool, device: torch.device
+) -> tuple[Callable[[dict[str, Any]], object], dict[str, Any]]:
+    """(starts the kernel with options, the options that are shipped)."""
+    torch.manual_seed(0)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    total = int(offsets[-1])
+    times = torch.cat([torch.randint(0, 10**8, (n,)).sort().values for n in lengths.tolist()])
+    layout = block_layout(offsets, times, None, torch.bfloat16, shape.width, block).to(device)
+    size = (total, shape.num_heads, shape.width)
+    q, k, v, grad = (torch.randn(size, device=device, dtype=torch.bfloat16) for _ in range(4))
+    tables = [torch.randn(1, n, device=device) for n in (shape.longest, NUM_TIME_BUCKETS)]
+    by_distance = fused.distance_table(tables[0] if has_bias else None, layout, 1.0)
+    by_bucket = fused.bucket_table(tables[1], 1.0) if has_bias else None
+    is_forward = name == "forward"
+    x = fused.inputs(
+        q,
+        k,
+        v,
+        by_distance,
+        by_bucket,
+        layout.now,
+        layout.then,
+        grad_out=None if is_forward else grad,
+        logsumexp=None,
+        delta=None,
+        offsets=layout.offsets,
+        num_seen=None,
+        window=0,
+        is_sorted=int(layout.is_sorted),
+        users=layout.query_users if is_forward else layout.key_users,
+        begins=layout.query_begins if is_forward else layout.key_begins,
+        scale=1 / shape.longest,
+    )
+    grid, out = (len(layout.query_users) * shape.num_heads,), torch.empty_like(q)
+    if is_forward:
+        usual = fused.forward_options(x, block, has_bias)
+        return lambda options: fused.forward[grid](x, out, **options), usual
+    num_rows = fused.NUM_ROWS
+    sums = fused.table_sums(x, num_rows, fused.LANES, has_bias)
+    grad_q = torch.zeros(size, device=device)
+    ends: Any = (torch.empty_like(k), out, *sums, sums[0].shape[-1], num_rows)
+    usual = {**fused.backward_options(x, block, has_bias), "IS_REPEATABLE": False}
+    return lambda options: fused.backward[grid](x, grad_q, *ends, **options), usual
