@@ -136,14 +136,15 @@ def test_ranks_equal_the_slow_formula(data):
 def test_neither_tf32_nor_autocast_changes_a_rank():
     items, vectors = normal(3000, 32), normal(20, 32, seed=1)
     expected = ranks_of(items, vectors, range(20), chunk_items=1000)
-    before = torch.get_float32_matmul_precision()
+    products = torch.backends.mkldnn.matmul
+    before = products.fp32_precision
     try:
-        torch.set_float32_matmul_precision("medium")
+        products.fp32_precision = "bf16"
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert ranks_of(items, vectors, range(20), chunk_items=1000) == expected
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert products.fp32_precision == "bf16"
     finally:
-        torch.set_float32_matmul_precision(before)
+        products.fp32_precision = before
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
