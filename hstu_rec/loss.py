@@ -121,7 +121,8 @@ def with_seen(negatives: Negatives, mine: SequenceBatch, scored: SequenceBatch) 
     """`negatives` with what the seen bias needs of this rank's batch and of the one that it scores: its own,
     or that of all ranks when the candidates are divided."""
     seen = seen_candidates(scored, negatives.ids)
-    return replace(negatives, seen=seen, is_target_seen=seen_targets(mine))
+    count = int((seen[1] - seen[0]).sum())
+    return replace(negatives, seen=seen, num_seen=count, is_target_seen=seen_targets(mine))
 
 
 class SampledSoftmax(nn.Module):

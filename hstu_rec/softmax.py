@@ -41,6 +41,8 @@ class Negatives:
     seen: Tensor | None = None
     """int64 [3, F] (first, end, place), by place: the histories of positions first .. end - 1, of all ranks
     when divided, hold candidate `place`; None without seen bias."""
+    num_seen: int | None = None
+    """Pairs of positions and candidates that `seen` stands for, if counted ahead."""
     is_target_seen: Tensor | None = None
     """bool [P]: whether a target is in its own history; None without seen bias."""
 
@@ -137,6 +139,7 @@ class _Scored:
     weights: Tensor | None  # [R], times log2(e)
     hits: Tensor  # int64 [n]: the place of each target among the candidates, or -1
     seen: Tensor | None  # int64 [3, F]: see Negatives
+    num_seen: int | None  # pairs that `seen` stands for, if known
     seen_bias: Tensor | None  # times log2(e)
 
     @classmethod
@@ -156,16 +159,20 @@ class _Scored:
             None if weights is None else weights * LOG2_E,
             places(target_ids, negatives.ids),
             negatives.seen,
+            negatives.num_seen,
             None if seen_bias is None else seen_bias * LOG2_E,
         )
 
     def chunk(self, begin: int, end: int) -> "_Scored":
         """Queries begin .. end - 1."""
+        if begin == 0 and end >= len(self.queries):
+            return self
         part, seen = slice(begin, end), self.seen
         if seen is not None:
             first, last, place = seen
             seen = torch.stack([(first - begin).clamp(min=0), last.clamp(max=end) - begin, place])
-        return replace(self, queries=self.queries[part], hits=self.hits[part], seen=seen)
+        queries, hits = self.queries[part], self.hits[part]
+        return replace(self, queries=queries, hits=hits, seen=seen, num_seen=None)
 
     def tiles(self, block: Tensor) -> Iterator[_Tile]:
         """The logits q . c + w + b, in views of `block`.
@@ -180,22 +187,23 @@ class _Scored:
         num_tiles = max(min(num_tiles, num_candidates // MIN_TILE_WIDTH), 1)
         width = math.ceil(num_candidates / num_tiles) or 1
         bounds = [*range(0, num_candidates, width), num_candidates]
-        hits, row = self.hits.sort()
-        hit_slices = _slices(hits, bounds)
+        is_whole = num_tiles == 1
+        # Where all is one tile nothing is cut, and no count waits for the device.
         seen_slices = (
-            [slice(0)] * len(hit_slices) if self.seen is None else _slices(self.seen[2], bounds)
+            [slice(None)] * (len(bounds) - 1)
+            if is_whole or self.seen is None
+            else _slices(self.seen[2], bounds)
         )
-        edges = pairwise(bounds)
-        for (begin, end), hit, part in zip(edges, hit_slices, seen_slices, strict=True):
+        for (begin, end), part in zip(pairwise(bounds), seen_slices, strict=True):
             tile = block[begin * num_queries : end * num_queries].view(num_queries, -1)
             torch.mm(self.queries, self.candidates[begin:end].T, out=tile)
             if self.weights is not None:
                 tile += self.weights[begin:end]
             seen = None
             if self.seen is not None and self.seen_bias is not None:
-                seen = _entries(self.seen[:, part], begin)
+                seen = _entries(self.seen[:, part], begin, self.num_seen if is_whole else None)
                 tile[seen] += self.seen_bias
-            tile[row[hit], hits[hit] - begin] = -torch.inf
+            _hide(tile, self.hits - begin)
             yield _Tile(slice(begin, end), tile, seen)
 
 
@@ -205,14 +213,23 @@ def _slices(places: Tensor, bounds: list[int]) -> list[slice]:
     return [slice(*pair) for pair in pairwise(edges)]
 
 
-def _entries(seen: Tensor, begin: int) -> tuple[Tensor, Tensor]:
-    """(rows, columns), int64 [s], of a tile whose first candidate is `begin`, from (first, end, place)."""
+def _hide(tile: Tensor, hits: Tensor) -> None:
+    """Sets the logits [n, t] at the columns `hits` int64 [n] to -inf, where there is such a column."""
+    column = hits.clamp(0, max(tile.shape[1] - 1, 0))[:, None]
+    if tile.shape[1]:
+        own = tile.gather(1, column)
+        tile.scatter_(1, column, own.masked_fill_(column == hits[:, None], -torch.inf))
+
+
+def _entries(seen: Tensor, begin: int, count: int | None) -> tuple[Tensor, Tensor]:
+    """(rows, columns), int64 [s], of a tile whose first candidate is `begin`, from (first, end, place); s is
+    `count`, or counted."""
     first, end, place = seen
     counts = (end - first).clamp_(min=0)
     # One after another, what each row is ahead of the first one of its range by.
-    starts = torch.repeat_interleave(counts.cumsum(0) - counts - first, counts)
+    starts = (counts.cumsum(0) - counts - first).repeat_interleave(counts, output_size=count)
     rows = torch.arange(len(starts), device=starts.device) - starts
-    return rows, torch.repeat_interleave(place - begin, counts)
+    return rows, (place - begin).repeat_interleave(counts, output_size=count)
 
 
 def places(wanted: Tensor, ids: Tensor) -> Tensor:
