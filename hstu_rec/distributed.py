@@ -5,11 +5,14 @@ the package: a default process group always exists after `start()`.
 """
 
 import ctypes
+import hashlib
 import os
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from datetime import timedelta
+from itertools import accumulate
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -102,13 +105,44 @@ def device_name(device: torch.device) -> str:
 
 
 def on_device(values: T, device: torch.device) -> T:
-    """A copy of a dataclass, its tensors on `device`."""
-    moved = {
-        field.name: value.to(device, non_blocking=True)
-        for field in fields(values)
-        if isinstance(value := getattr(values, field.name), torch.Tensor)
-    }
-    return replace(values, **moved)
+    """A copy of a dataclass, its tensors and those of dataclasses in it on `device`.
+
+    From CPU to CUDA they travel as one, through pinned memory: nothing waits for the device.
+    """
+    found: list[torch.Tensor] = []
+    _tensors(values, found.append)
+    is_sent = device.type == "cuda" and all(tensor.device.type == "cpu" for tensor in found)
+    moved = iter(_sent(found, device) if is_sent else [tensor.to(device) for tensor in found])
+    return _tensors(values, lambda _: next(moved))
+
+
+def _tensors(values: T, change: Callable[[torch.Tensor], Any]) -> T:
+    """A copy of a dataclass with what `change` makes of each of its tensors."""
+    changed = {}
+    for field in fields(values):
+        value = getattr(values, field.name)
+        if isinstance(value, torch.Tensor):
+            changed[field.name] = change(value)
+        elif is_dataclass(value):
+            changed[field.name] = _tensors(value, change)
+    return replace(values, **changed)
+
+
+def _sent(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """The tensors, views of one piece of memory on `device`, each on a multiple of 16 bytes."""
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    begins = [0, *accumulate(-(-size // 16) * 16 for size in sizes)]
+    packed = torch.empty(begins[-1], dtype=torch.uint8, pin_memory=True)
+
+    def parts(memory: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            memory[begin : begin + size].view(tensor.dtype).view(tensor.shape)
+            for tensor, begin, size in zip(tensors, begins, sizes, strict=False)
+        ]
+
+    for part, tensor in zip(parts(packed), tensors, strict=True):
+        part.copy_(tensor)
+    return parts(packed.to(device, non_blocking=True))
 
 
 def stop() -> None:
@@ -176,8 +210,12 @@ def generator(use: RandomUse, seed: int, number: int) -> np.random.Generator:
 
 
 def mixed_seed(*parts: int) -> int:
-    """One seed of 32 bits (all that torch's CPU generator reads) from several numbers of at least 0."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+    """One seed of 32 bits (all that torch's CPU generator reads) from several int64 numbers.
+
+    numpy's SeedSequence mixes as well, in 0.4 ms, a tenth of a small model's step on a GPU.
+    """
+    packed = struct.pack(f"{len(parts)}q", *parts)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=4).digest(), "little")
 
 
 def is_main() -> bool:

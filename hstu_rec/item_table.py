@@ -24,6 +24,9 @@ FEATURE = "item_id"
 # Rows are initialised in blocks of this many, each from its own seed, so that a row's first value
 # depends neither on the number of ranks nor on the sharding plan.
 INIT_BLOCK_ROWS = 4096
+# Bags that the ids of a lookup are put in: rows come back one an id whatever the bags, but on a GPU fbgemm
+# reads the ids of a bag one after another, in one warp.
+NUM_BAGS = {"cpu": 1, "cuda": 4096}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,16 +89,18 @@ class ItemTable(nn.Module):
         optimizer, arguments = _fused_optimizer(config, device)
         apply_optimizer_in_backward(optimizer, self.collection.parameters(), arguments)
 
-    def send(self, ids: Tensor) -> "SentIds":
+    def send(self, ids: Tensor, is_checked: bool = False) -> "SentIds":
         """Starts the way of `ids` (distinct, sorted int64 [R]; R may be 0) to their owners. Collective.
 
-        Raises ValueError as `check_ids` does.
+        Raises ValueError as `check_ids` does, which waits for a GPU, unless `is_checked` already.
         """
         from torchrec import KeyedJaggedTensor
 
-        check_ids(ids, self.num_items)
-        # One bag of all ids: rows come back one an id whatever the bags, and lengths travel as well.
-        lengths = torch.tensor([len(ids)], device=ids.device)
+        if not is_checked:
+            check_ids(ids, self.num_items)
+        # As many on every rank, which TorchRec's exchange of lengths takes.
+        count = NUM_BAGS[ids.device.type]
+        lengths = torch.arange(len(ids), len(ids) + count, device=ids.device) // count
         return SentIds(
             self.collection, KeyedJaggedTensor(keys=[FEATURE], values=ids, lengths=lengths)
         )
@@ -212,7 +217,13 @@ def shard_model(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch's DDP, to TorchRec
         sharded = DistributedModelParallel(
-            module=model, env=env, device=device, plan=plan, sharders=sharders
+            module=model,
+            env=env,
+            device=device,
+            plan=plan,
+            sharders=sharders,
+            # DDP for one process would be a tenth of a small model's step.
+            init_data_parallel=distributed.world_size() > 1,
         )
     for rows, first in local_shards(sharded):
         _initialise(rows, first, config.init_std, seed)

@@ -59,7 +59,7 @@ class Learner:
         model = NextItemModel(
             self.table,
             HSTUEncoder(config.encoder).to(device),
-            SampledSoftmax(config.loss),
+            SampledSoftmax(config.loss).to(device),
             torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32,
         )
         distributed.use_precision(config.train.precision)

@@ -17,7 +17,8 @@ from torch import Tensor
 from hstu_rec import distributed
 from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.data.stream import TrainStream
-from hstu_rec.item_table import ItemTable, SentIds
+from hstu_rec.distributed import on_device
+from hstu_rec.item_table import ItemTable, SentIds, check_ids
 from hstu_rec.loss import NegativeSampler, with_seen
 from hstu_rec.model import Lookup, NextItemModel
 from hstu_rec.ops import JaggedLayout
@@ -47,12 +48,7 @@ class StepInput:
 
     def to(self, device: torch.device) -> "StepInput":
         """The input on `device`."""
-        return StepInput(
-            self.batch.to(device),
-            self.negatives.to(device),
-            self.lookup.to(device),
-            self.layout.to(device),
-        )
+        return on_device(self, device)
 
 
 class InputPipeline:
@@ -96,8 +92,9 @@ class InputPipeline:
     def _send(self, place: Place) -> tuple[StepInput, SentIds]:
         made = self._made.pop(place, None) or self._make(place)
         self._made.clear()
+        check_ids(made.lookup.ids, self._table.num_items)
         made = made.to(self._device)
-        return made, self._table.send(made.lookup.ids)
+        return made, self._table.send(made.lookup.ids, is_checked=True)
 
     def _make(self, place: Place) -> StepInput:
         batch = self._stream.batch(place.epoch, place.batch)
