@@ -165,12 +165,14 @@ class SampledSoftmax(nn.Module):
         target_ids: Tensor,
         rows: Tensor,
         negatives: Negatives,
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """Scalar sum of losses.
 
         Args:
             encoded: [P, D] encoder outputs. targets: [P, D] and rows: [R, D] table rows of the targets
-                and of `negatives.ids`. target_ids: int64 [P].
+                and of `negatives.ids`. target_ids: int64 [P]. dtype: of the products on CUDA, float32 or
+                bfloat16; what goes in and comes out is float32.
         """
         seen_bias = self.seen_bias()
         queries = self.query_vectors(encoded) / self.config.temperature
@@ -182,7 +184,7 @@ class SampledSoftmax(nn.Module):
             logits = logits + seen_bias * negatives.is_target_seen
         candidates = self.item_vectors(rows)
         return SoftmaxLoss.apply(
-            queries, logits, candidates, target_ids, negatives, seen_bias, self._is_bounded
+            queries, logits, candidates, target_ids, negatives, seen_bias, self._is_bounded, dtype
         )
 
 

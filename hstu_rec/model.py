@@ -40,7 +40,8 @@ class NextItemModel(nn.Module):
     """Next-item training loss and query vectors.
 
     `table` maps distinct sorted int64 ids [R] to rows [R, D]: an ItemTable, or anything of that form.
-    `dtype`: of the encoder's products, float32 or bfloat16; what goes in and comes out is float32.
+    `dtype`: of the encoder's and, on CUDA, the loss's products, float32 or bfloat16; what goes in and comes
+    out is float32.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class NextItemModel(nn.Module):
         with torch.autocast(history.device.type, self.dtype, enabled=is_half):
             encoded = self.encoder(history, batch.offsets, *times, layout=layout).float()
         if negatives is not None:
-            return (self.loss(encoded, targets, batch.target_ids, rest[0], negatives),)
+            return (self.loss(encoded, targets, batch.target_ids, rest[0], negatives, self.dtype),)
         # One query a user, at its newest event, and its target, both as they are scored.
         newest = encoded[batch.offsets[1:] - 1]
         return self.loss.query_vectors(newest), self.loss.item_vectors(targets)

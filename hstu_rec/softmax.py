@@ -2,7 +2,7 @@
 
 Logits are made a chunk of queries at a time, and a tile of candidates at a time while it is in cache, so
 that neither they nor their gradients are ever held whole (the idea of Liger-Kernel's and Apple's fused
-linear cross entropy).
+linear cross entropy); on CUDA they are never written at all.
 """
 
 import math
@@ -24,6 +24,8 @@ CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 # Logits of a tile, the part of a chunk that is worked on while it is in cache.
 TILE_LOGITS = {"cpu": 2**19, "cuda": 2**27}
 MIN_TILE_WIDTH = 64
+# Widest vectors that the fused kernels take.
+MAX_FUSED_WIDTH = 256
 
 
 @dataclass(frozen=True)
@@ -61,65 +63,125 @@ class SoftmaxLoss(torch.autograd.Function):
 
     queries q [P, D], target_logits t [P], candidates c [R, D], target_ids int64 [P], negatives (their log
     weights w and seen pairs s), seen_bias b, a scalar or None, is_bounded: no exponential of a logit can
-    overflow. All gradients, of the sum of all ranks' losses, are made in forward; none of w.
+    overflow, dtype: of the products in the fused kernels. All gradients, of the sum of all ranks' losses, are
+    made in forward; none of w.
+
+    On CUDA, without a seen bias, fused kernels do it (`hstu_rec.ops.triton_softmax`).
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        queries, target_logits, candidates, target_ids, negatives, seen_bias, is_bounded = inputs
+        queries, target_logits, candidates, target_ids, negatives, seen_bias, is_bounded, dtype = (
+            inputs
+        )
         mine = slice(0, len(queries))
         if negatives.is_divided:
             queries, target_logits, target_ids, mine = _gather(queries, target_logits, target_ids)
         # Logits of base 2 from here on: torch's CPU exp2 takes 0.6 of the time of exp.
         whole = _Scored.of(queries, candidates, target_ids, negatives, seen_bias)
-        targets2 = target_logits * LOG2_E
-        losses, grad_targets = torch.empty_like(target_logits), torch.empty_like(target_logits)
-        grad_queries = torch.zeros_like(queries)
-        grad_candidates = torch.zeros_like(candidates)
-        grad_bias = queries.new_zeros(())
-        # As many chunks on every rank, because each ends with a collective when divided.
-        width = max(len(candidates), negatives.largest_part, 1)
-        num_chunks = math.ceil(len(queries) * width / CHUNK_LOGITS[queries.device.type])
-        size = math.ceil(len(queries) / max(num_chunks, 1)) or 1
-        block = queries.new_empty(min(size, len(queries)) * len(candidates))
-        for begin in range(0, len(queries), size):
-            part = slice(begin, begin + size)
-            target, top, query = targets2[part], torch.zeros_like(targets2[part]), queries[part]
-            tiles = whole.chunk(begin, begin + size).tiles(block)
-            if not is_bounded:
-                tiles = list(tiles)
-                top = torch.stack([target, *(tile.logits.amax(1) for tile in tiles)]).amax(0)
-                if negatives.is_divided:
-                    distributed.all_reduce_max(top)
-                for tile in tiles:
-                    tile.logits.sub_(top[:, None])
-            # When bounded, each tile is exponentiated as soon as it is made, while it is in cache.
-            exponentials = [(tile, tile.logits.exp2_().sum(1)) for tile in tiles]
-            total = sum((s for _, s in exponentials), torch.zeros_like(top))
-            if negatives.is_divided:
-                distributed.all_reduce_sum(total)
-            target_weight = (target - top).exp2_()
-            total += target_weight
-            losses[part] = total.log2() + (top - target)
-            grad_targets[part] = target_weight.div_(total).sub_(1)
-            query = query / total[:, None]
-            for (at, tile, seen), _ in exponentials:
-                grad_queries[part].addmm_(tile, candidates[at])
-                grad_candidates[at].addmm_(tile.T, query)
-                if seen is not None:
-                    grad_bias += (tile[seen] / total[seen[0]]).sum()
-            grad_queries[part] /= total[:, None]
+        if _is_fused(whole):
+            found = _fused(whole, target_logits * LOG2_E, negatives.is_divided, is_bounded, dtype)
+        else:
+            found = _in_chunks(whole, target_logits * LOG2_E, negatives, is_bounded)
         if negatives.is_divided:
-            distributed.all_reduce_sum(grad_queries)
-        ctx.save_for_backward(grad_queries[mine], grad_targets[mine], grad_candidates, grad_bias)
-        return losses[mine].sum() / LOG2_E
+            distributed.all_reduce_sum(found.queries)
+        ctx.save_for_backward(
+            found.queries[mine], found.targets[mine], found.candidates, found.seen_bias
+        )
+        return found.losses[mine].sum() / LOG2_E
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
         of_queries, of_targets, of_candidates, of_bias = (s * grad for s in ctx.saved_tensors)
         of_bias = of_bias if ctx.needs_input_grad[5] else None
-        return of_queries, of_targets, of_candidates, None, None, of_bias, None
+        return of_queries, of_targets, of_candidates, None, None, of_bias, None, None
+
+
+class _Found(NamedTuple):
+    """Losses of base 2 of all queries, and the gradients of their sum."""
+
+    losses: Tensor  # [P]
+    queries: Tensor  # [P, D]; those of this rank's candidates
+    targets: Tensor  # [P]
+    candidates: Tensor  # [R, D]
+    seen_bias: Tensor  # a scalar
+
+
+def _is_fused(whole: "_Scored") -> bool:
+    is_known = whole.seen is None and whole.queries.dtype == torch.float32
+    return whole.queries.is_cuda and is_known and whole.queries.shape[1] <= MAX_FUSED_WIDTH
+
+
+def _fused(
+    whole: "_Scored", targets: Tensor, is_divided: bool, is_bounded: bool, dtype: torch.dtype
+) -> _Found:
+    """By kernels that write no logits. `targets`: their logits, of base 2."""
+    from hstu_rec.ops.triton_softmax import Scored, softmax_grads, softmax_sums
+
+    queries, candidates = (t.to(dtype).contiguous() for t in (whole.queries, whole.candidates))
+    x = Scored(queries, candidates, whole.weights, whole.hits)
+    sums = softmax_sums(x, is_bounded)
+    top = sums.top
+    if not is_bounded:
+        top = torch.maximum(top, targets)
+        if is_divided:
+            distributed.all_reduce_max(top)
+    scale = (sums.top - top).exp2_()
+    total = sums.total * scale
+    if is_divided:
+        distributed.all_reduce_sum(total)
+    target_weight = (targets - top).exp2_()
+    total += target_weight
+    log_total = total.log2() + top
+    return _Found(
+        log_total - targets,
+        sums.mixed * (scale / total)[:, None],
+        target_weight / total - 1,
+        softmax_grads(x, log_total) / LOG2_E,
+        targets.new_zeros(()),
+    )
+
+
+def _in_chunks(whole: "_Scored", targets: Tensor, negatives: Negatives, is_bounded: bool) -> _Found:
+    """By products of a chunk of queries at a time. `targets`: their logits, of base 2."""
+    queries, candidates = whole.queries / LOG2_E, whole.candidates
+    losses, grad_targets = torch.empty_like(targets), torch.empty_like(targets)
+    grad_queries, grad_candidates = torch.zeros_like(queries), torch.zeros_like(candidates)
+    grad_bias = queries.new_zeros(())
+    # As many chunks on every rank, because each ends with a collective when divided.
+    width = max(len(candidates), negatives.largest_part, 1)
+    num_chunks = math.ceil(len(queries) * width / CHUNK_LOGITS[queries.device.type])
+    size = math.ceil(len(queries) / max(num_chunks, 1)) or 1
+    block = queries.new_empty(min(size, len(queries)) * len(candidates))
+    for begin in range(0, len(queries), size):
+        part = slice(begin, begin + size)
+        target, top, query = targets[part], torch.zeros_like(targets[part]), queries[part]
+        tiles = whole.chunk(begin, begin + size).tiles(block)
+        if not is_bounded:
+            tiles = list(tiles)
+            top = torch.stack([target, *(tile.logits.amax(1) for tile in tiles)]).amax(0)
+            if negatives.is_divided:
+                distributed.all_reduce_max(top)
+            for tile in tiles:
+                tile.logits.sub_(top[:, None])
+        # When bounded, each tile is exponentiated as soon as it is made, while it is in cache.
+        exponentials = [(tile, tile.logits.exp2_().sum(1)) for tile in tiles]
+        total = sum((s for _, s in exponentials), torch.zeros_like(top))
+        if negatives.is_divided:
+            distributed.all_reduce_sum(total)
+        target_weight = (target - top).exp2_()
+        total += target_weight
+        losses[part] = total.log2() + (top - target)
+        grad_targets[part] = target_weight.div_(total).sub_(1)
+        query = query / total[:, None]
+        for (at, tile, seen), _ in exponentials:
+            grad_queries[part].addmm_(tile, candidates[at])
+            grad_candidates[at].addmm_(tile.T, query)
+            if seen is not None:
+                grad_bias += (tile[seen] / total[seen[0]]).sum()
+        grad_queries[part] /= total[:, None]
+    return _Found(losses, grad_queries, grad_targets, grad_candidates, grad_bias)
 
 
 class _Tile(NamedTuple):

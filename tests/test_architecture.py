@@ -23,7 +23,8 @@ LAYERS = [
     {"model", "hstu", "co_occurrence", "attention_forms", "flops"},
     {"encoder", "loss", "item_table"},
     {"seen"},
-    {"softmax", "data", "ops"},
+    {"softmax"},
+    {"data", "ops"},
     {"checkpoint", "tracking"},
     {"distributed", "versions"},
 ]
