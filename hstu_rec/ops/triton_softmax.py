@@ -19,13 +19,14 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-BLOCK = 128
-STEP = 64
 # Programs that fill a large GPU, about; fewer blocks than that are shared out over more of them.
 NUM_PROGRAMS = 512
 # Steps that a program walks at least.
 MIN_STEPS = 4
-MAX_WIDTH = 256
+# (rows that a program owns, rows that it meets at a time, warps, stages), the quickest on an H100 of 128 wide
+# vectors, 4096 queries and a million candidates; wide vectors and exact float32 take more shared memory.
+SUMS = {"half": (128, 32, 8, 3), "tf32": (256, 64, 8, 2), "large": (64, 32, 4, 2)}
+GRADS = {"half": (128, 64, 4, 2), "tf32": (256, 64, 8, 2), "large": (64, 32, 4, 2)}
 
 
 class Scored(NamedTuple):
@@ -137,14 +138,15 @@ def grads_of_candidates(
 def softmax_sums(x: Scored, is_bounded: bool) -> Sums:
     """The sums of all queries. `is_bounded`: no 2**s can overflow."""
     num_queries, width = x.queries.shape
-    parts, part = _parts(num_queries, len(x.candidates))
+    block, step, options = _form(x, SUMS)
+    parts, part = _parts(num_queries, block, len(x.candidates), step)
     top, total = x.hits.new_empty(2, parts, num_queries, dtype=torch.float32)
     mixed = total.new_empty(parts, num_queries, width)
     if num_queries:
-        grid = math.ceil(num_queries / BLOCK), parts
+        grid = math.ceil(num_queries / block), parts
         sums_of_queries[grid](
             x, top, total, mixed, num_queries, len(x.candidates), width, part,
-            IS_BOUNDED=is_bounded, M=BLOCK, N=STEP, **_options(x),
+            IS_BOUNDED=is_bounded, M=block, N=step, **options,
         )  # fmt: skip
     if parts == 1:
         return Sums(top[0], total[0], mixed[0])
@@ -158,34 +160,44 @@ def softmax_sums(x: Scored, is_bounded: bool) -> Sums:
 def softmax_grads(x: Scored, log_total: Tensor) -> Tensor:
     """float32 [R, D]: sum_p 2**(s_pr - log_total_p) q_p, with float32 `log_total` [P]."""
     num_candidates, width = x.candidates.shape
-    parts, part = _parts(num_candidates, len(x.queries))
+    block, step, options = _form(x, GRADS)
+    parts, part = _parts(num_candidates, block, len(x.queries), step)
     grads = log_total.new_empty(parts, num_candidates, width)
     if num_candidates:
-        grid = math.ceil(num_candidates / BLOCK), parts
+        grid = math.ceil(num_candidates / block), parts
         grads_of_candidates[grid](
             x, log_total, grads, len(x.queries), num_candidates, width, part,
-            M=STEP, N=BLOCK, **_options(x),
+            M=step, N=block, **options,
         )  # fmt: skip
     return grads[0] if parts == 1 else grads.sum(0)
 
 
-def _parts(num_owned: int, num_met: int) -> tuple[int, int]:
+def _parts(num_owned: int, block: int, num_met: int, step: int) -> tuple[int, int]:
     """(parts that what is met is cut into, how many each holds)."""
-    blocks = max(math.ceil(num_owned / BLOCK), 1)
-    steps = max(math.ceil(num_met / STEP), 1)
+    blocks = max(math.ceil(num_owned / block), 1)
+    steps = max(math.ceil(num_met / step), 1)
     wanted = min(math.ceil(NUM_PROGRAMS / blocks), max(steps // MIN_STEPS, 1))
     of_each = math.ceil(steps / wanted)
-    return math.ceil(steps / of_each), of_each * STEP
+    return math.ceil(steps / of_each), of_each * step
 
 
-def _options(x: Scored) -> dict[str, Any]:
-    """What both kernels are compiled with; products of float32 as torch's own."""
-    is_half = x.queries.dtype != torch.float32
-    is_exact = torch.backends.cuda.matmul.fp32_precision != "tf32" or knobs.runtime.interpret
+def _form(
+    x: Scored, forms: dict[str, tuple[int, int, int, int]]
+) -> tuple[int, int, dict[str, Any]]:
+    """(rows that a program owns, rows that it meets at a time, options to compile it with)."""
     width = max(16, triton.next_power_of_2(x.queries.shape[1]))
-    return {
-        "W": width,
-        "PRECISION": "tf32x3" if is_exact and not is_half else "tf32",
-        "num_warps": 8,
-        "num_stages": 2 if width > 128 or not is_half else 3,
-    }
+    is_half = x.queries.dtype != torch.float32
+    # Products of float32 as torch's own are.
+    is_exact = torch.backends.cuda.matmul.fp32_precision != "tf32" or knobs.runtime.interpret
+    is_large = width > 128 or (is_exact and not is_half)
+    block, step, warps, stages = forms["large" if is_large else "half" if is_half else "tf32"]
+    return (
+        block,
+        step,
+        {
+            "W": width,
+            "PRECISION": "tf32x3" if is_exact and not is_half else "tf32",
+            "num_warps": warps,
+            "num_stages": stages,
+        },
+    )
