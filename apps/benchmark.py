@@ -5,6 +5,7 @@
     python apps/benchmark.py curve [CONFIG.yaml ...] [key=value ...]    test figures after every epoch
     python apps/benchmark.py attention [key=value ...]                  attention alone, by shape and form
     python apps/benchmark.py tune [key=value ...]                       compile options of its kernel, on CUDA
+    python apps/benchmark.py encoder [key=value ...]                    its layers' training step alone
     python apps/benchmark.py loss [key=value ...]                       the loss alone, by size
     python apps/benchmark.py quality RECIPE.yaml ... [quality.key=value ...] [key=value ...]
 
@@ -21,6 +22,7 @@ from hstu_rec.attention_benchmark import AttentionTimes, attention_times
 from hstu_rec.attention_tuning import option_times
 from hstu_rec.benchmark import compare_steps, figures_by_epoch, print_lines, time_epochs
 from hstu_rec.config import RunConfig, help_text, run_app
+from hstu_rec.encoder_benchmark import EncoderTimes, encoder_times
 from hstu_rec.loss_benchmark import LossTimes, loss_times
 from hstu_rec.quality import QualitySettings, quality
 
@@ -30,6 +32,7 @@ MEASURES: dict[str, tuple[Any, Any]] = {
     "curve": (RunConfig, figures_by_epoch),
     "attention": (AttentionTimes, attention_times),
     "tune": (AttentionTimes, option_times),
+    "encoder": (EncoderTimes, encoder_times),
     "loss": (LossTimes, loss_times),
 }
 HELP = {"help", "--help", "-h"}
@@ -39,19 +42,17 @@ def main(arguments: list[str]) -> None:
     measure, options = "".join(arguments[:1]), arguments[1:]
     schemas = {name: schema for name, (schema, _) in MEASURES.items()}
     schemas["quality"] = QualitySettings
-    if HELP & set(arguments) and measure in schemas:
-        print(f"Keys of {measure}:\n{help_text(schemas[measure])}")
-    elif measure in HELP:
+    if measure in HELP:
         print(__doc__)
+    elif HELP & set(arguments) and measure in schemas:
+        print(f"Keys of {measure}:\n{help_text(schemas[measure])}")
     elif measure == "quality":
         sys.exit(0 if quality(options) else 1)
     elif measure in MEASURES:
         print_lines(*MEASURES[measure], options)
     else:
         what = f"{', '.join(MEASURES)} or quality; got {measure or 'nothing'}"
-        raise ValueError(
-            f"give what to measure, {what}: python apps/benchmark.py step [key=value ...]"
-        )
+        raise ValueError(f"give what to measure, {what}: apps/benchmark.py step [key=value ...]")
 
 
 if __name__ == "__main__":

@@ -112,14 +112,14 @@ def padded(batch: Batch, has_bias: bool, is_compiled: bool) -> Attention:
     times = batch.times(num_users, longest).to(batch.device) if has_bias else None
     if is_compiled and batch.device.type != "cuda":
         raise Unavailable("compiled attention is timed on CUDA")
-    attend = _padded_attention
+    attend = padded_attention
     if is_compiled:
         torch.compiler.reset()  # or this shape would be the second of a compiled function, and dynamic
         attend = torch.compile(attend, dynamic=False)
     return partial(attend, *rows, times, tables), [*rows, *tables]
 
 
-def _padded_attention(
+def padded_attention(
     q: Tensor, k: Tensor, v: Tensor, times: Tensor | None, tables: Sequence[Tensor]
 ) -> Tensor:
     """Causal silu attention of [B, N, H, D]."""

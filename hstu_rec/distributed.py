@@ -8,7 +8,7 @@ import ctypes
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from datetime import timedelta
@@ -104,27 +104,27 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def on_device(values: T, device: torch.device) -> T:
-    """A copy of a dataclass, its tensors and those of dataclasses in it on `device`.
+def on_device(values: T, device: torch.device, but: Collection[str] = ()) -> T:
+    """A copy of a dataclass, its tensors and those of dataclasses in it on `device`, but for some fields.
 
     From CPU to CUDA they travel as one, through pinned memory: nothing waits for the device.
     """
     found: list[torch.Tensor] = []
-    _tensors(values, found.append)
+    _tensors(values, but, found.append)
     is_sent = device.type == "cuda" and all(tensor.device.type == "cpu" for tensor in found)
     moved = iter(_sent(found, device) if is_sent else [tensor.to(device) for tensor in found])
-    return _tensors(values, lambda _: next(moved))
+    return _tensors(values, but, lambda _: next(moved))
 
 
-def _tensors(values: T, change: Callable[[torch.Tensor], Any]) -> T:
+def _tensors(values: T, but: Collection[str], change: Callable[[torch.Tensor], Any]) -> T:
     """A copy of a dataclass with what `change` makes of each of its tensors."""
     changed = {}
-    for field in fields(values):
-        value = getattr(values, field.name)
+    for name in (field.name for field in fields(values) if field.name not in but):
+        value = getattr(values, name)
         if isinstance(value, torch.Tensor):
-            changed[field.name] = change(value)
+            changed[name] = change(value)
         elif is_dataclass(value):
-            changed[field.name] = _tensors(value, change)
+            changed[name] = _tensors(value, but, change)
     return replace(values, **changed)
 
 

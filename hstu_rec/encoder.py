@@ -23,7 +23,7 @@ NormKind = Literal["layer", "rms", "none"]
 CalendarKind = Literal["none", "day", "week", "month"]
 
 # The widest heads that the fused kernel was run with on a GPU.
-MAX_FUSED_WIDTH = 128
+MAX_FUSED_WIDTH = 256
 # Seconds of a calendar bucket; a month is a twelfth of 365.25 days.
 CALENDAR_S = {"day": 86_400, "week": 604_800, "month": 2_629_800}
 
@@ -48,7 +48,7 @@ class EncoderConfig:
     """silu(q.k + bias) / n (HSTU) or softmax(q.k / sqrt(A) + bias) (SASRec)."""
     attention_kernel: Literal["auto", "grouped", "triton"] = "auto"
     """grouped: plain torch, users of like length together, on any device. triton: fused, on CUDA. auto:
-    triton on CUDA (but for float64 and heads wider than 128), else grouped."""
+    triton on CUDA (but for float64 and heads wider than 256), else grouped."""
     window: int = 0
     """Newest events that an event attends to, itself (or the candidate) among them; 0 for all."""
     use_gate: bool = True

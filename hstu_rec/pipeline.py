@@ -8,7 +8,7 @@ sparse distribution pipeline does):
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +48,8 @@ class StepInput:
 
     def to(self, device: torch.device) -> "StepInput":
         """The input on `device`."""
-        return on_device(self, device)
+        layout = self.layout.to(device)  # in its own way
+        return replace(on_device(self, device, but={"layout"}), layout=layout)
 
 
 class InputPipeline:

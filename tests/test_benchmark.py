@@ -11,10 +11,13 @@ from hstu_rec.attention_benchmark import AttentionTimes, attention_times
 from hstu_rec.attention_forms import FORMS, Batch, Shape, padded
 from hstu_rec.benchmark import figures_by_epoch
 from hstu_rec.config import RunConfig, load
-from hstu_rec.loss_benchmark import LossTimes, chunked_loss, loss_times, plain_loss
+from hstu_rec.encoder_benchmark import EncoderTimes, encoder_of, encoder_times, training_work
+from hstu_rec.loss_benchmark import LossTimes, loss_times, own_loss, plain_loss
 from hstu_rec.ops import jagged_attention_reference
 from hstu_rec.trainer import train
 from tests.datasets import write_dataset
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -125,16 +128,48 @@ def test_a_shape_of_another_form_is_refused(shape):
         load(AttentionTimes, [f"shapes=[{shape}]"])
 
 
+def test_the_encoder_is_timed_on_cpu_as_well():
+    options = ["shapes=[2x4-full-6]", "num_layers=[1]", "num_events=[30]", "precision=float32"]
+    head, shape, *lines = encoder_times(load(EncoderTimes, [*options, "repeats=2"]), CPU)
+    assert head.startswith("float32; forward + backward")
+    assert shape == "2x4-full-6, 1 layers: 4 users, 24 events"
+    assert [line.split()[0] for line in lines] == ["jagged", "jagged+bias", "padded+bias"]
+    assert lines[0].endswith("x 1.00") and all(float(line.split()[1]) > 0 for line in lines)
+
+
+def test_the_padded_encoder_is_the_same_function():
+    encoder = encoder_of(Shape.of("2x4-full-6"), 2, "jagged+bias", 0.0)
+    lengths = torch.full((5,), 6)
+    forms = ("jagged+bias", "padded+bias")
+    found = [training_work(encoder, lengths, form, torch.float32, CPU)() for form in forms]
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("num_layers=[2]", "num_layers must be above 0, one for each of shapes"),
+        ("num_events=[0,5]", "num_events must be above 0"),
+        ("forms=[fast]", "forms must be of jagged"),
+        ("shapes=[4,5]", "shapes must be like 4x128-uniform-1024; got '4'"),
+        ("repeats=0", "repeats must be at least 1; got 0"),
+    ],
+)
+def test_bad_settings_of_the_encoder_are_refused(setting, problem):
+    with pytest.raises(ValueError, match=problem):
+        load(EncoderTimes, [setting])
+
+
 def test_the_loss_is_timed_on_cpu_as_well():
     config = load(LossTimes, ["cases=[30x8-50,9x4-1]", "repeats=2"])
     head, *lines = loss_times(config, torch.device("cpu"))
     assert head.startswith("float32; forward + backward")
     assert [line.split()[0] for line in lines] == [
         "30x8-50",
-        "chunked",
+        "own",
         "plain",
         "9x4-1",
-        "chunked",
+        "own",
         "plain",
     ]
     assert lines[1].endswith("x 1.00") and float(lines[2].split()[1]) > 0
@@ -144,7 +179,7 @@ def test_both_forms_of_the_loss_are_the_same_function():
     torch.manual_seed(2)
     leaves = [torch.randn(n, 8, requires_grad=True) for n in (30, 30, 50)]
     ids = torch.randint(0, 50, (30,))
-    found = [form(*leaves, ids) for form in (chunked_loss, plain_loss)]
+    found = [form(*leaves, ids) for form in (own_loss, plain_loss)]
     torch.testing.assert_close(*found)
     grads = [torch.autograd.grad(loss, leaves) for loss in found]
     torch.testing.assert_close(*grads)
@@ -154,7 +189,7 @@ def test_both_forms_of_the_loss_are_the_same_function():
     ("setting", "problem"),
     [
         ("cases=[30-4]", "cases must be like 16384x128-2048; got '30-4'"),
-        ("precision=bfloat16", "one of float32, tf32"),
+        ("precision=half", "one of float32, tf32, bfloat16"),
         ("repeats=0", "repeats must be at least 1; got 0"),
     ],
 )

@@ -109,11 +109,13 @@ def test_auto_is_the_fused_kernel_where_it_was_run():
     for config, device, dtype in (
         (plain, "cpu", torch.float32),
         (plain, "cuda", torch.float64),
-        (EncoderConfig(dim=512), "cuda", half),
-        (EncoderConfig(dim=64, value_dim=256), "cuda", half),
+        (EncoderConfig(dim=1024), "cuda", half),
+        (EncoderConfig(dim=64, value_dim=512), "cuda", half),
     ):
         assert chosen_kernel(config, device, dtype) == "grouped"
-    assert chosen_kernel(EncoderConfig(dim=512, attention_kernel="triton"), "cpu", half) == "triton"
+    assert (
+        chosen_kernel(EncoderConfig(dim=1024, attention_kernel="triton"), "cpu", half) == "triton"
+    )
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,10 @@ class GroupedLayout:
         """The layout on `device`; made on CPU and moved, it costs no wait for the device."""
         return replace(on_device(self, device), groups=[g.to(device) for g in self.groups])
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
+        """`grouped_attention` of the batch."""
+        return grouped_attention(q, k, v, self, **settings)
+
 
 def length_groups(lengths: list[int]) -> list[list[int]]:
     """Users by group, longest first; a user joins the group above while that costs less than a new one."""
