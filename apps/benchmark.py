@@ -19,7 +19,7 @@ import sys
 from typing import Any
 
 from hstu_rec.attention_benchmark import AttentionTimes, attention_times
-from hstu_rec.attention_tuning import option_times
+from hstu_rec.attention_tuning import OptionTimes, option_times
 from hstu_rec.benchmark import compare_steps, figures_by_epoch, print_lines, time_epochs
 from hstu_rec.config import RunConfig, help_text, run_app
 from hstu_rec.encoder_benchmark import EncoderTimes, encoder_times
@@ -31,7 +31,7 @@ MEASURES: dict[str, tuple[Any, Any]] = {
     "epoch": (RunConfig, time_epochs),
     "curve": (RunConfig, figures_by_epoch),
     "attention": (AttentionTimes, attention_times),
-    "tune": (AttentionTimes, option_times),
+    "tune": (OptionTimes, option_times),
     "encoder": (EncoderTimes, encoder_times),
     "loss": (LossTimes, loss_times),
 }

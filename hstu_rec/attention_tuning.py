@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,30 +29,53 @@ BACKWARD = [
 NUM_SHOWN = 4
 
 
-def option_times(config: AttentionTimes, device: torch.device) -> Iterator[str]:
-    """Lines, one for a shape, kernel and bias: ms of the quickest options."""
+@dataclass(frozen=True, kw_only=True)
+class OptionTimes:
+    """What is timed."""
+
+    shapes: list[str] = field(
+        default_factory=lambda: ["4x128-uniform-256", "4x128-uniform-1024", "8x64-uniform-1024"]
+    )
+    """Shapes as those of attention."""
+    num_events: int = 131_072
+    """Events of a batch, about."""
+    repeats: int = 20
+    """Times that each is run, after three to warm up; the median is shown."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, a sentence each."""
+        known = AttentionTimes(shapes=self.shapes, num_events=self.num_events, repeats=self.repeats)
+        return known.problems()
+
+
+def option_times(config: OptionTimes, device: torch.device) -> Iterator[str]:
+    """Lines, one for a shape, kernel and bias: ms of the quickest options. Raises ValueError without CUDA."""
+    if device.type != "cuda":
+        raise ValueError("compile options are timed on CUDA, and torch sees no CUDA device here")
     for text, has_bias in itertools.product(config.shapes, (False, True)):
-        shape, num_events = Shape.of(text), config.num_events or 131_072
-        lengths = torch.from_numpy(shape.lengths(num_events))
+        shape = Shape.of(text)
+        lengths = torch.from_numpy(shape.lengths(config.num_events))
         for name, candidates in (("forward", FORWARD), ("backward", BACKWARD)):
             found = []
             for block, step, warps, stages in candidates:
-                if step > block:
-                    continue
                 run, usual = _kernel(shape, lengths, block, name, has_bias, device)
-                own = {"num_warps": warps, "num_stages": stages}
-                sizes = {"M": block, "N": step} if name == "forward" else {"M": step, "N": block}
-                seconds = _seconds(lambda run=run, o={**usual, **sizes, **own}: run(o), config)
+                own: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
+                if name == "forward":
+                    own |= {"M": block, "N": step}
+                else:
+                    is_once = fused.adds_once(torch.bfloat16, block, step, warps)
+                    own |= {"M": step, "N": block, "ONCE": is_once}
+                seconds = _seconds(lambda run=run, o={**usual, **own}: run(o), config.repeats)
                 found.append((seconds, (block, step, warps, stages)))
             best = sorted(found)[:NUM_SHOWN]
             shown = "  ".join(f"{s * 1e3:.3f} {o}" for s, o in best)
             yield f"{text:20s} {'bias' if has_bias else 'none'} {name:8s} {shown}"
 
 
-def _seconds(work: Callable[[], object], config: AttentionTimes) -> float:
+def _seconds(work: Callable[[], object], repeats: int) -> float:
     """Median seconds, infinite for options that the device cannot hold."""
     try:
-        return median_s(work, config.repeats, torch.device("cuda"))
+        return median_s(work, repeats, torch.device("cuda"))
     except Exception as error:  # Triton has a class of its own for each resource
         if "out of resource" not in str(error):
             raise
@@ -96,8 +120,7 @@ def _kernel(
     if is_forward:
         usual = fused.forward_options(x, block, has_bias)
         return lambda options: fused.forward[grid](x, out, **options), usual
-    num_rows = fused.NUM_ROWS
-    sums = fused.table_sums(x, num_rows, fused.LANES, has_bias)
+    sums, num_rows = fused.table_sums(x, has_bias)
     grad_q = torch.zeros(size, device=device)
     ends: Any = (torch.empty_like(k), out, *sums, sums[0].shape[-1], num_rows)
     usual = {**fused.backward_options(x, block, has_bias), "IS_REPEATABLE": False}

@@ -94,6 +94,11 @@ def environment_of(slot: int, num_processes: int) -> dict[str, str]:
     return {**os.environ, **chosen}
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device is what the fused kernels were made for and run on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def use_precision(precision: Precision) -> None:
     """Lets CUDA take TF32 for products of float32, or not, in this process."""
     torch.backends.cuda.matmul.fp32_precision = "ieee" if precision == "float32" else "tf32"
@@ -109,30 +114,43 @@ def on_device(values: T, device: torch.device, but: Collection[str] = ()) -> T:
 
     From CPU to CUDA they travel as one, through pinned memory: nothing waits for the device.
     """
-    found: list[torch.Tensor] = []
-    _tensors(values, but, found.append)
+    found = list(_tensors(values, but))
     is_sent = device.type == "cuda" and all(tensor.device.type == "cpu" for tensor in found)
-    moved = iter(_sent(found, device) if is_sent else [tensor.to(device) for tensor in found])
-    return _tensors(values, but, lambda _: next(moved))
+    moved = sent(found, device) if is_sent else [tensor.to(device) for tensor in found]
+    return _with_tensors(values, iter(moved), but)
 
 
-def _tensors(values: T, but: Collection[str], change: Callable[[torch.Tensor], Any]) -> T:
-    """A copy of a dataclass with what `change` makes of each of its tensors."""
-    changed = {}
-    for name in (field.name for field in fields(values) if field.name not in but):
-        value = getattr(values, name)
+def _tensors(values: Any, but: Collection[str] = ()) -> Iterator[torch.Tensor]:
+    """The tensors of a dataclass and of dataclasses in it."""
+    for field in fields(values):
+        value = getattr(values, field.name)
+        if field.name in but:
+            continue
         if isinstance(value, torch.Tensor):
-            changed[name] = change(value)
+            yield value
         elif is_dataclass(value):
-            changed[name] = _tensors(value, but, change)
+            yield from _tensors(value)
+
+
+def _with_tensors(values: T, tensors: Iterator[torch.Tensor], but: Collection[str] = ()) -> T:
+    """A copy of a dataclass with others in place of its `_tensors`."""
+    changed = {}
+    for field in fields(values):
+        value = getattr(values, field.name)
+        if field.name in but:
+            continue
+        if isinstance(value, torch.Tensor):
+            changed[field.name] = next(tensors)
+        elif is_dataclass(value):
+            changed[field.name] = _with_tensors(value, tensors)
     return replace(values, **changed)
 
 
-def _sent(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """The tensors, views of one piece of memory on `device`, each on a multiple of 16 bytes."""
+def sent(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Copies of CPU tensors, views of one piece of memory on `device`, each on a multiple of 16 bytes."""
     sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
     begins = [0, *accumulate(-(-size // 16) * 16 for size in sizes)]
-    packed = torch.empty(begins[-1], dtype=torch.uint8, pin_memory=True)
+    packed = torch.empty(begins[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
 
     def parts(memory: torch.Tensor) -> list[torch.Tensor]:
         return [

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hstu_rec.distributed import is_hopper
 from hstu_rec.ops import (
     NUM_TIME_BUCKETS,
     AttentionKernel,
@@ -22,7 +23,7 @@ from hstu_rec.ops import (
 NormKind = Literal["layer", "rms", "none"]
 CalendarKind = Literal["none", "day", "week", "month"]
 
-# The widest heads that the fused kernel was run with on a GPU.
+# The widest heads that the fused kernel is tested with on a GPU.
 MAX_FUSED_WIDTH = 256
 # Seconds of a calendar bucket; a month is a twelfth of 365.25 days.
 CALENDAR_S = {"day": 86_400, "week": 604_800, "month": 2_629_800}
@@ -48,7 +49,7 @@ class EncoderConfig:
     """silu(q.k + bias) / n (HSTU) or softmax(q.k / sqrt(A) + bias) (SASRec)."""
     attention_kernel: Literal["auto", "grouped", "triton"] = "auto"
     """grouped: plain torch, users of like length together, on any device. triton: fused, on CUDA. auto:
-    triton on CUDA (but for float64 and heads wider than 256), else grouped."""
+    triton on Hopper (H100, H200; but for float64 and heads wider than 256), else grouped."""
     window: int = 0
     """Newest events that an event attends to, itself (or the candidate) among them; 0 for all."""
     use_gate: bool = True
@@ -127,12 +128,12 @@ def head_width(config: EncoderConfig) -> int:
     return max(config.attention_dim or default, config.value_dim or default)
 
 
-def chosen_kernel(config: EncoderConfig, device: str, dtype: torch.dtype) -> AttentionKernel:
-    """What config.attention_kernel stands for on a device ("cpu", "cuda") with products in `dtype`."""
+def chosen_kernel(config: EncoderConfig, is_hopper: bool, dtype: torch.dtype) -> AttentionKernel:
+    """What config.attention_kernel stands for, on such a GPU or not, with products in `dtype`."""
     if config.attention_kernel != "auto":
         return config.attention_kernel
     is_narrow = head_width(config) <= MAX_FUSED_WIDTH
-    is_fused = device == "cuda" and dtype != torch.float64 and is_narrow
+    is_fused = is_hopper and dtype != torch.float64 and is_narrow
     return "triton" if is_fused else "grouped"
 
 
@@ -294,7 +295,7 @@ class HSTUEncoder(nn.Module):
     def attention_kernel(self, dtype: torch.dtype = torch.float32) -> AttentionKernel:
         """What config.attention_kernel is on the encoder's device, with products in `dtype`."""
         device = next(self.parameters()).device
-        return chosen_kernel(self.config, device.type, dtype)
+        return chosen_kernel(self.config, is_hopper(device), dtype)
 
     def layout(
         self,

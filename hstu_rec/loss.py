@@ -99,7 +99,7 @@ class NegativeSampler:
             size = -(-self.num_items // distributed.world_size())
             bounds = [min(size * r, self.num_items) for r in range(distributed.world_size() + 1)]
             mine = torch.arange(*bounds[distributed.rank() : distributed.rank() + 2])
-            return Negatives(mine, largest_part=size)
+            return Negatives(mine, largest_part=size, is_whole=len(mine) == self.num_items)
         if kind == "in_batch":
             drawn = distributed.all_gather_rows(target_ids)
         else:
@@ -171,8 +171,8 @@ class SampledSoftmax(nn.Module):
 
         Args:
             encoded: [P, D] encoder outputs. targets: [P, D] and rows: [R, D] table rows of the targets
-                and of `negatives.ids`. target_ids: int64 [P]. dtype: of the products on CUDA, float32 or
-                bfloat16; what goes in and comes out is float32.
+                and of `negatives.ids`. target_ids: int64 [P]. dtype: of the products in fused kernels
+                (see SoftmaxLoss), float32 or bfloat16; what goes in and comes out is float32.
         """
         seen_bias = self.seen_bias()
         queries = self.query_vectors(encoded) / self.config.temperature

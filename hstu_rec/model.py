@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.distributed import on_device
 from hstu_rec.encoder import HSTUEncoder
-from hstu_rec.item_table import SentIds
+from hstu_rec.item_table import SentIds, check_ids
 from hstu_rec.loss import SampledSoftmax
 from hstu_rec.ops import JaggedLayout
 from hstu_rec.softmax import Negatives
@@ -24,12 +24,16 @@ class Lookup:
 
     @classmethod
     def of(cls, batch: SequenceBatch, negatives: Negatives | None = None) -> "Lookup":
-        """The one deduplicated lookup of a batch."""
+        """The one deduplicated lookup of a batch. Raises ValueError for ids outside a whole catalogue."""
         uses = [batch.item_ids, batch.target_ids]
         if negatives is not None:
             uses.append(negatives.ids)
-        unique, places = torch.unique(torch.cat(uses), return_inverse=True)
-        return cls(unique, places, tuple(len(ids) for ids in uses))
+        places, counts = torch.cat(uses), tuple(len(ids) for ids in uses)
+        if negatives is not None and negatives.is_whole:
+            check_ids(places, len(negatives.ids))
+            return cls(negatives.ids, places, counts)
+        unique, places = torch.unique(places, return_inverse=True)
+        return cls(unique, places, counts)
 
     def to(self, device: torch.device) -> "Lookup":
         """The lookup on `device`."""
@@ -40,8 +44,8 @@ class NextItemModel(nn.Module):
     """Next-item training loss and query vectors.
 
     `table` maps distinct sorted int64 ids [R] to rows [R, D]: an ItemTable, or anything of that form.
-    `dtype`: of the encoder's and, on CUDA, the loss's products, float32 or bfloat16; what goes in and comes
-    out is float32.
+    `dtype`: of the encoder's and the fused loss's products, float32 or bfloat16; what goes in and comes out
+    is float32.
     """
 
     def __init__(

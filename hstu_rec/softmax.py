@@ -25,7 +25,7 @@ CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 TILE_LOGITS = {"cpu": 2**19, "cuda": 2**27}
 MIN_TILE_WIDTH = 64
 # Widest vectors that the fused kernels take.
-MAX_FUSED_WIDTH = 256
+MAX_FUSED_VECTOR = 256
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Negatives:
     """float32 [P]: logQ of this rank's targets; None for zeros."""
     largest_part: int = 0
     """The largest R of all ranks when divided, else 0."""
+    is_whole: bool = False
+    """True when `ids` are those of all items, 0 .. R - 1."""
     seen: Tensor | None = None
     """int64 [3, F] (first, end, place), by place: the histories of positions first .. end - 1, of all ranks
     when divided, hold candidate `place`; None without seen bias."""
@@ -66,7 +68,8 @@ class SoftmaxLoss(torch.autograd.Function):
     overflow, dtype: of the products in the fused kernels. All gradients, of the sum of all ranks' losses, are
     made in forward; none of w.
 
-    On CUDA, without a seen bias, fused kernels do it (`hstu_rec.ops.triton_softmax`).
+    On Hopper, without a seen bias, fused kernels do it (`hstu_rec.ops.triton_softmax`); elsewhere products
+    are of float32.
     """
 
     @staticmethod
@@ -79,7 +82,8 @@ class SoftmaxLoss(torch.autograd.Function):
             queries, target_logits, target_ids, mine = _gather(queries, target_logits, target_ids)
         # Logits of base 2 from here on: torch's CPU exp2 takes 0.6 of the time of exp.
         whole = _Scored.of(queries, candidates, target_ids, negatives, seen_bias)
-        if _is_fused(whole):
+        is_hopper = distributed.is_hopper(queries.device)
+        if fuses(is_hopper, queries.dtype, queries.shape[1], whole.seen is not None):
             found = _fused(whole, target_logits * LOG2_E, negatives.is_divided, is_bounded, dtype)
         else:
             found = _in_chunks(whole, target_logits * LOG2_E, negatives, is_bounded)
@@ -108,9 +112,9 @@ class _Found(NamedTuple):
     seen_bias: Tensor  # a scalar
 
 
-def _is_fused(whole: "_Scored") -> bool:
-    is_known = whole.seen is None and whole.queries.dtype == torch.float32
-    return whole.queries.is_cuda and is_known and whole.queries.shape[1] <= MAX_FUSED_WIDTH
+def fuses(is_hopper: bool, dtype: torch.dtype, width: int, has_seen: bool) -> bool:
+    """Whether the fused kernels make the loss of such vectors, on such a GPU or not."""
+    return is_hopper and dtype == torch.float32 and width <= MAX_FUSED_VECTOR and not has_seen
 
 
 def _fused(

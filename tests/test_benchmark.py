@@ -9,6 +9,7 @@ import torch
 from hstu_rec import distributed
 from hstu_rec.attention_benchmark import AttentionTimes, attention_times
 from hstu_rec.attention_forms import FORMS, Batch, Shape, padded
+from hstu_rec.attention_tuning import OptionTimes, option_times
 from hstu_rec.benchmark import figures_by_epoch
 from hstu_rec.config import RunConfig, load
 from hstu_rec.encoder_benchmark import EncoderTimes, encoder_of, encoder_times, training_work
@@ -120,6 +121,13 @@ def test_bad_settings_of_attention_are_refused(setting, problem):
 def test_a_peer_that_is_not_timed_is_refused():
     with pytest.raises(ValueError, match="peer has no effect"):
         load(AttentionTimes, ["forms=[jagged]", "peer=somewhere"])
+
+
+def test_compile_options_are_timed_on_cuda_alone():
+    with pytest.raises(ValueError, match="timed on CUDA"):
+        list(option_times(load(OptionTimes, ["shapes=[1x16-full-9]"]), CPU))
+    with pytest.raises(ValueError, match="shapes must be like 4x128-uniform-1024"):
+        load(OptionTimes, ["shapes=[4]"])
 
 
 @pytest.mark.parametrize("shape", ["4x128", "4x128-wide-5", "0x8-full-9", "axb-full-9"])

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 from hstu_rec import distributed
 
@@ -26,3 +27,18 @@ def test_runs_at_a_time_are_dealt_to_the_gpus(
     found = [distributed.environment_of(slot, num_processes) for slot in range(4)]
     assert [one["CUDA_VISIBLE_DEVICES"] for one in found] == expected
     assert all(one["PATH"] == os.environ["PATH"] for one in found)
+
+
+def test_tensors_sent_as_one_are_the_same() -> None:
+    tensors = [
+        torch.tensor([True, False, True]),
+        torch.arange(6).view(2, 3).T,
+        torch.tensor(2.5),
+        torch.zeros(0, 4, dtype=torch.int32),
+        torch.arange(5, dtype=torch.int32),
+        torch.randn(3, 2, dtype=torch.float64),
+    ]
+    moved = distributed.sent(tensors, torch.device("cpu"))
+    for copy, tensor in zip(moved, tensors, strict=True):
+        assert copy.dtype == tensor.dtype and copy is not tensor
+        assert copy.shape == tensor.shape and torch.equal(copy, tensor)

@@ -104,18 +104,17 @@ def test_a_history_longer_than_the_encoder_takes_is_refused_but_for_its_candidat
 
 def test_auto_is_the_fused_kernel_where_it_was_run():
     half, plain = torch.bfloat16, EncoderConfig(dim=64)
-    assert chosen_kernel(plain, "cuda", half) == "triton"
-    assert chosen_kernel(plain, "cuda", torch.float32) == "triton"
-    for config, device, dtype in (
-        (plain, "cpu", torch.float32),
-        (plain, "cuda", torch.float64),
-        (EncoderConfig(dim=1024), "cuda", half),
-        (EncoderConfig(dim=64, value_dim=512), "cuda", half),
+    assert chosen_kernel(plain, True, half) == "triton"
+    assert chosen_kernel(plain, True, torch.float32) == "triton"
+    for config, is_hopper, dtype in (
+        (plain, False, torch.float32),
+        (plain, True, torch.float64),
+        (EncoderConfig(dim=1024), True, half),
+        (EncoderConfig(dim=64, value_dim=512), True, half),
     ):
-        assert chosen_kernel(config, device, dtype) == "grouped"
-    assert (
-        chosen_kernel(EncoderConfig(dim=1024, attention_kernel="triton"), "cpu", half) == "triton"
-    )
+        assert chosen_kernel(config, is_hopper, dtype) == "grouped"
+    asked = EncoderConfig(dim=1024, attention_kernel="triton")
+    assert chosen_kernel(asked, False, half) == "triton"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hstu_rec.ops.triton import (
     bucket_table,
     distance_table,
     fused_attention,
+    fused_attention_backward,
     triton_attention,
 )
 from hstu_rec.ops.triton_layout import block_layout
@@ -112,6 +113,33 @@ def test_every_result_is_as_exact_as_plain_torch(lengths, without, kind):
     inputs, offsets, times = make_inputs(lengths)
     inputs |= dict.fromkeys(without)
     assert_as_exact_as_plain_torch(compared(inputs, offsets, times, kind=kind), eps=5e-7)
+
+
+@pytest.mark.usefixtures("repeatable")
+@pytest.mark.parametrize("lengths", [[0, 0], []], ids=["nobody", "no user"])
+def test_nobody_has_tables_of_their_heads(lengths):
+    inputs, offsets, times = make_inputs(lengths, bias_rows=2)
+    assert_as_exact_as_plain_torch(compared(inputs, offsets, times), eps=5e-7)
+
+
+@pytest.mark.parametrize("is_repeatable", [False, True])
+def test_rows_in_any_order_of_memory(is_repeatable):
+    inputs, offsets, times = make_inputs(LENGTHS["odd"])
+    for name in ("q", "k", "v"):
+        inputs[name] = inputs[name].transpose(0, 1).contiguous().transpose(0, 1)
+    torch.use_deterministic_algorithms(is_repeatable)
+    try:
+        found = compared(inputs, offsets, times)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_as_exact_as_plain_torch(found, eps=5e-7)
+
+
+@pytest.mark.parametrize("kind", ["silu", "softmax"])
+def test_a_large_bias_is_no_overflow(kind):
+    inputs, offsets, times = make_inputs(LENGTHS["odd"])
+    inputs["position_bias"] += 150
+    assert_as_exact_as_plain_torch(compared(inputs, offsets, times, kind=kind), eps=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -220,11 +248,12 @@ def test_the_operator_keeps_what_torch_compile_asks_of_it(is_softmax):
     tables = [table.requires_grad_() for table in tables]
     blocks = (x.query_users, x.query_begins, x.key_users, x.key_begins, x.now, x.then)
     arguments = (*leaves[:3], *tables, x.offsets, None, *blocks, 0.3, 16, 0, True, True, is_softmax)
-    torch.library.opcheck(
-        fused_attention,
-        arguments,
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(fused_attention, arguments, test_utils=checks)
+    arguments = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
+    out, logsumexp = fused_attention(*arguments)
+    arguments = (torch.ones_like(out), out, logsumexp, *arguments)
+    torch.library.opcheck(fused_attention_backward, arguments, test_utils=checks)
 
 
 def test_a_time_bias_without_timestamps_is_refused():

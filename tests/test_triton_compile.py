@@ -25,16 +25,22 @@ class Hopper:
 driver.set_active(Hopper())
 times, table = torch.arange(256), torch.empty(2, 512)
 half = torch.bfloat16
-for dtype, width in ((torch.float32, 64), (half, 64), (half, 128), (torch.float16, 256)):
-    layout = block_layout(torch.tensor([0, 256]), times, times, dtype, width)
+for dtype, width, is_rich in (
+    (torch.float32, 64, False), (half, 64, False), (half, 128, False), (torch.float16, 256, False),
+    (torch.float32, 256, False), (half, 128, True), (half, 256, True),
+):
+    layout = block_layout(
+        torch.tensor([0, 256]), times * 2**33 if is_rich else times, None, dtype, width,
+        num_targets=torch.tensor([9]) if is_rich else None, window=50 * is_rich,
+    )
     q = torch.empty(256, 2, width, dtype=dtype)
     for by_bucket, rows in ((table, None), (table, table), (None, None)):
         x = kernels.inputs(
             q, q, q, table, by_bucket, layout.now, layout.then, grad_out=q, logsumexp=rows, delta=rows,
-            offsets=layout.offsets, num_seen=None, window=0, is_sorted=True,
+            offsets=layout.offsets, num_seen=layout.num_seen, window=layout.window, is_sorted=1,
             users=layout.query_users, begins=layout.query_begins, scale=0.1,
         )
-        has_position, block, ends = by_bucket is not None, layout.block, (table, table, 512)
+        has_position, block, ends = by_bucket is not None, layout.block, (table, table, 513)
         options = kernels.backward_options(x, block, has_position)
         own = {name: options[name] for name in options if name not in ("M", "ONCE")} | {"num_stages": 1}
         for made in (
@@ -83,5 +89,5 @@ def test_every_kernel_compiles_for_hopper_with_and_without_bias() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     made = [line.split() for line in done.stdout.splitlines()]
-    assert len(made) == 58 and min(int(size) for _, size, _ in made) > 1000
+    assert len(made) == 94 and min(int(size) for _, size, _ in made) > 1000
     assert all(int(shared) <= MAX_SHARED for *_, shared in made), made

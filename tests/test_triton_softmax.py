@@ -17,19 +17,31 @@ DTYPES = {torch.float32: 1e-5} | ({torch.bfloat16: 4e-2} if DEVICE.type == "cuda
 BOUNDED, UNBOUNDED = ("cosine", 0.05), ("dot", 0.5)
 
 
+fuses = softmax.fuses
+
+
+def test_where_the_kernels_are_used():
+    assert fuses(True, torch.float32, 256, False)
+    assert not fuses(False, torch.float32, 64, False)
+    assert not fuses(True, torch.float64, 64, False)
+    assert not fuses(True, torch.float32, 257, False)
+    assert not fuses(True, torch.float32, 64, True)
+
+
 @pytest.fixture(autouse=True)
 def fused(monkeypatch):
     """The kernels, also where no GPU is; and blocks of several parts."""
-    monkeypatch.setattr(softmax, "_is_fused", lambda whole: whole.seen is None)
+    monkeypatch.setattr(softmax, "fuses", lambda *_: True)
     monkeypatch.setattr(triton_softmax, "MIN_STEPS", 1)
 
 
-def make_inputs(num_positions, num_items, dim, with_weights):
+def make_inputs(num_positions, num_items, dim, with_weights, is_divided=False):
     torch.manual_seed(0)
     ids = torch.arange(num_items) * 2
     # About half of the targets are among the negatives.
     target_ids = torch.randint(0, 2 * num_items + 1, (num_positions,))
-    negatives = Negatives(ids, torch.rand(num_items) * 5 if with_weights else None)
+    weights = torch.rand(num_items) * 5 if with_weights else None
+    negatives = Negatives(ids, weights, largest_part=num_items if is_divided else 0)
     sizes = num_positions, num_positions, num_items
     leaves = [torch.randn(n, dim) for n in sizes]
     return leaves, target_ids, negatives
@@ -79,9 +91,10 @@ def test_kernels_equal_the_formula(
         assert (got - want).norm() <= DTYPES[dtype] * want.norm()
 
 
-def test_an_exponential_beyond_float32_is_not_made():
+@pytest.mark.parametrize("is_divided", [False, True])
+def test_an_exponential_beyond_float32_is_not_made(is_divided):
     config = LossConfig(similarity="dot", temperature=0.01)
-    inputs = make_inputs(40, 100, 32, False)
+    inputs = make_inputs(40, 100, 32, False, is_divided)
     found = loss_and_grads(config, *inputs, torch.float32, DEVICE)
     for got, want in zip(found, formula(config, *inputs), strict=True):
         assert (got - want).norm() <= 1e-5 * want.norm()

@@ -61,7 +61,7 @@ def jagged_layout(
             head's queries, keys and values (the wider) set its blocks.
         num_targets: int64 [B], how many of each user's newest rows are candidates: they see the history and
             themselves, not each other, and stand where the next event would (a distance of 1 to the newest
-            event of the history, of 0 to themselves). Their pairs with each other are computed and hidden.
+            event of the history, of 0 to themselves).
         window: a query sees the `window` newest events at its place, itself among them; 0 for all.
 
     Raises ValueError for fewer candidates than none or more than a user's rows, and a window below 0.

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 from triton import knobs
+from triton.runtime.driver import driver
 
 from hstu_rec.ops.reference import TIME_BUCKET_WIDTH, AttentionKind
 from hstu_rec.ops.triton_bias import (
@@ -29,6 +30,7 @@ UNSEEN = -1e30
 # Rows of memory, about, that programs in turn add their gradients of the tables to.
 NUM_ROWS = 64
 LOG2_E = math.log2(math.e)
+HOPPER = 90
 LANES = POSITION_LANES.value, TIME_LANES.value
 
 
@@ -160,10 +162,17 @@ def backward_options(x: Inputs, block: int, has_position: bool) -> dict[str, Any
     known = _options(x, block, has_position)
     width = max(known["A"], known["V"])
     step = min(block, 32 if width > 128 or (width > 64 and x.by_bucket is not None) else 64)
-    # Then the warps share out the rows of a product's result; on smaller ones some hold the same.
-    is_whole = block >= 16 * known["num_warps"] and block >= 64 and step >= 32
-    is_once = known["NATIVE"] and x.q.dtype != torch.float32 and is_whole
+    is_once = adds_once(x.q.dtype, block, step, known["num_warps"])
     return {**known, "M": step, "N": block, "ONCE": is_once, "num_stages": 2}
+
+
+def adds_once(dtype: torch.dtype, block: int, step: int, num_warps: int) -> bool:
+    """Whether the warps share out a product's result, as Hopper's do of rows enough; else some hold the same,
+    and to add it to memory is left to Triton."""
+    target: Any = None if knobs.runtime.interpret else driver.active.get_current_target()
+    is_hopper = target is not None and target.arch == HOPPER
+    is_whole = block >= max(16 * num_warps, 64) and step >= 32
+    return is_hopper and dtype != torch.float32 and is_whole
 
 
 @torch.library.custom_op("hstu_rec::fused_attention", mutates_args=())
@@ -241,11 +250,8 @@ def fused_attention_backward(
     )  # fmt: skip
     is_repeatable = torch.are_deterministic_algorithms_enabled()
     num_programs = len(query_users) * x.num_heads
-    num_rows, lanes = math.ceil(NUM_ROWS / x.num_heads) * x.num_heads, LANES
-    if is_repeatable:
-        num_rows, lanes = num_programs * (1 if num_seen is None else 2), (1, 1)
-    sums = table_sums(x, num_rows, lanes, has_position)
-    grad_q = torch.zeros_like(q, dtype=q.dtype if is_repeatable else torch.float32)
+    sums, num_rows = table_sums(x, has_position, num_programs if is_repeatable else None)
+    grad_q = q.new_zeros(q.shape, dtype=q.dtype if is_repeatable else torch.float32)
     grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)
     if num_programs:
         grid, ends = (num_programs,), (*sums, sums[0].shape[-1])
@@ -267,13 +273,24 @@ def fused_attention_backward(
 
 
 def table_sums(
-    x: Inputs, num_rows: int, lanes: tuple[int, int], has_position: bool
-) -> tuple[Tensor, Tensor]:
-    """Zeros [num_rows, lanes, P], to which programs add their gradients of the tables; P as
-    `add_position_grads` wants it, and HISTOGRAM; [0, lanes, P] without a table."""
+    x: Inputs, has_position: bool, num_programs: int | None = None
+) -> tuple[tuple[Tensor, Tensor], int]:
+    """Zeros [rows, lanes, P], to which programs add their gradients of the tables, P as `add_position_grads`
+    wants it, and HISTOGRAM, [0, lanes, P] without a table; and how many rows there are.
+
+    Programs take the rows in turn, or each has its own, and one more for candidates, when their number is
+    given.
+    """
+    num_rows, lanes = math.ceil(NUM_ROWS / x.num_heads) * x.num_heads, LANES
+    if num_programs is not None:
+        # Of no programs, a row of zeros a head.
+        num_rows, lanes = (num_programs or x.num_heads) * (1 if x.num_seen is None else 2), (1, 1)
     widths = math.ceil(x.by_distance.shape[1] / 8) * 8 + 1, HISTOGRAM.value
     counts = num_rows * has_position, num_rows * (x.by_bucket is not None)
-    return tuple(x.by_distance.new_zeros(*size) for size in zip(counts, lanes, widths, strict=True))
+    of_distance, of_bucket = (
+        x.by_distance.new_zeros(*size) for size in zip(counts, lanes, widths, strict=True)
+    )
+    return (of_distance, of_bucket), num_rows
 
 
 def _of_table(sums: Tensor, table: Tensor | None, num_heads: int, unit: float) -> Tensor:

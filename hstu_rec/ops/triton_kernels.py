@@ -66,7 +66,8 @@ def _forward_tile(
         )
     scores = score(x, q, tl.trans(k), bias, PRECISION)
     if x.logsumexp is not None:
-        # Every query sees the first key, so that no maximum is of nothing.
+        # A tile of hidden keys alone, as a window has, adds weights that vanish beside the diagonal's: what
+        # hides them is finite.
         higher = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])
         rest = tl.exp2(top - higher)

@@ -158,7 +158,8 @@ def load_queries(x: "Any", place: "Any", rows: "Any", A: tl.constexpr, V: tl.con
     logsumexp, delta, now = rows, rows, rows
     if x.logsumexp is not None:
         at = (first + rows) * x.num_heads + head
-        logsumexp = tl.load(x.logsumexp + at, mask=rows < length, other=0.0)
+        # Weights of what is not there are 0, whatever the bias.
+        logsumexp = tl.load(x.logsumexp + at, mask=rows < length, other=float("inf"))
         delta = tl.load(x.delta + at, mask=rows < length, other=0.0)
     if x.by_bucket is not None:
         now = load_times(x.now, place, rows)

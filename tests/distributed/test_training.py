@@ -1,6 +1,7 @@
 """Sharded training against an unsharded plain-torch model: the same losses, the same weights."""
 
 import math
+import os
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hstu_rec import distributed, item_table
+from hstu_rec import distributed, item_table, softmax
 from hstu_rec.co_occurrence import count_pairs, item_vectors
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.dataset import Dataset
@@ -274,6 +275,28 @@ def test_losses_and_weights_equal_the_unsharded_model(tmp_path, world_size, sett
             np.testing.assert_allclose(result[4][name], value.numpy(), atol=2e-5, err_msg=name)
     np.testing.assert_allclose(whole_table(results, 2), rows, atol=1e-5)
     assert abs(losses[0] - losses[-1]) > 1e-3
+
+
+def train_as_a_gpu_does(path, settings):
+    """`train_sharded` with the kernels, in Triton's interpreter, and ids in many bags."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    item_table.NUM_BAGS["cpu"] = 7
+    softmax.fuses = lambda _is_hopper, _dtype, _width, has_seen: not has_seen
+    return train_sharded(path, ["encoder.attention_kernel=triton", *settings])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("name", ["all, with ranks without users and dot products", "in_batch"])
+def test_the_kernels_train_as_the_unsharded_model(tmp_path, world_size, name):
+    path, settings = tmp_path / "data", SETTINGS[name]
+    make_data(path)
+    results = run_ranks(world_size, train_as_a_gpu_does, path, settings)
+    losses, rows, encoder = train_plainly(path, settings, whole_table(results, 1), results[0][3])
+    for result in results:
+        np.testing.assert_allclose(result[0], losses, rtol=0, atol=1e-5)
+        for name, value in encoder.items():
+            np.testing.assert_allclose(result[4][name], value.numpy(), atol=2e-5, err_msg=name)
+    np.testing.assert_allclose(whole_table(results, 2), rows, atol=1e-5)
 
 
 def test_bfloat16_trains_as_float32_does_but_for_rounding(tmp_path):
