@@ -11,7 +11,6 @@ from torch import Tensor
 from hstu_rec.attention_benchmark import AttentionTimes, median_s
 from hstu_rec.attention_forms import Shape
 from hstu_rec.ops import NUM_TIME_BUCKETS
-from hstu_rec.ops import triton as fused
 from hstu_rec.ops.triton_layout import block_layout
 
 # (events owned, events met at a time, warps, stages) of each kernel; others spill registers, or do the same
@@ -52,6 +51,8 @@ def option_times(config: OptionTimes, device: torch.device) -> Iterator[str]:
     """Lines, one for a shape, kernel and bias: ms of the quickest options. Raises ValueError without CUDA."""
     if device.type != "cuda":
         raise ValueError("compile options are timed on CUDA, and torch sees no CUDA device here")
+    from hstu_rec.ops import triton as fused  # where no GPU is, triton need not be
+
     for text, has_bias in itertools.product(config.shapes, (False, True)):
         shape = Shape.of(text)
         lengths = torch.from_numpy(shape.lengths(config.num_events))
@@ -86,6 +87,8 @@ def _kernel(
     shape: Shape, lengths: Tensor, block: int, name: str, has_bias: bool, device: torch.device
 ) -> tuple[Callable[[dict[str, Any]], object], dict[str, Any]]:
     """(starts the kernel with options, the options that are shipped)."""
+    from hstu_rec.ops import triton as fused
+
     torch.manual_seed(0)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     total = int(offsets[-1])

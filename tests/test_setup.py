@@ -255,6 +255,15 @@ def test_the_blocked_imports_are_really_blocked() -> None:
     assert "pyarrow is blocked" in run_python(BLOCK + "import hstu_rec.data.dataset").stderr
 
 
+@pytest.mark.parametrize("app", ["train", "evaluate", "prepare", "benchmark", "make_events"])
+def test_every_app_starts_without_triton(app: str) -> None:
+    code = BLOCK.replace('"torchrec",', '"triton",').replace('"fbgemm_gpu", ', "")
+    code = code.replace('"torchx", "duckdb", "pyarrow"', "")
+    run = f"sys.argv = ['{app}.py', 'help']\nrunpy.run_path('apps/{app}.py', run_name='__main__')"
+    done = run_python(f"{code}import runpy\n{run}")
+    assert "Traceback" not in done.stderr and done.stdout, done.stderr
+
+
 def test_every_public_name_can_be_had_and_others_are_refused() -> None:
     for name in hstu_rec.__all__:
         assert getattr(hstu_rec, name).__name__ == name
