@@ -17,7 +17,6 @@ LAYERS = [
     {"runs"},
     {"learner"},
     {"pipeline"},
-    {"graphs"},
     {"config", "comparison"},
     {"report", "baselines"},
     {"evaluator"},
