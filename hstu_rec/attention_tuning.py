@@ -126,5 +126,9 @@ def _kernel(
     sums, num_rows = fused.table_sums(x, has_bias)
     grad_q = torch.zeros(size, device=device)
     ends: Any = (torch.empty_like(k), out, *sums, sums[0].shape[-1], num_rows)
-    usual = {**fused.backward_options(x, block, has_bias), "IS_REPEATABLE": False}
+    usual = {
+        **fused.backward_options(x, block, has_bias),
+        "IS_ALONE": False,
+        "IS_REPEATABLE": False,
+    }
     return lambda options: fused.backward[grid](x, grad_q, *ends, **options), usual

@@ -251,7 +251,10 @@ def fused_attention_backward(
     is_repeatable = torch.are_deterministic_algorithms_enabled()
     num_programs = len(query_users) * x.num_heads
     sums, num_rows = table_sums(x, has_position, num_programs if is_repeatable else None)
-    grad_q = q.new_zeros(q.shape, dtype=q.dtype if is_repeatable else torch.float32)
+    # Histories of one block have all keys of a query in one program.
+    is_alone = by_distance.shape[1] - 2 * NUM_BEFORE.value <= block
+    is_summed = not (is_repeatable or is_alone)
+    grad_q = q.new_zeros(q.shape, dtype=torch.float32 if is_summed else q.dtype)
     grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)
     if num_programs:
         grid, ends = (num_programs,), (*sums, sums[0].shape[-1])
@@ -261,7 +264,7 @@ def fused_attention_backward(
             own["num_stages"] = 1
             of_queries = x._replace(users=query_users, begins=query_begins)
             backward_queries[grid](of_queries, grad_q, *ends, **own)
-        mode: dict[str, Any] = {**options, "IS_REPEATABLE": is_repeatable}
+        mode: dict[str, Any] = {**options, "IS_ALONE": is_alone, "IS_REPEATABLE": is_repeatable}
         backward[grid](x, grad_q, grad_k, grad_v, *ends, num_rows, **mode)
     # The kernels' sums are of gradients of q k^T; softmax's tables have another unit.
     unit = 1 / (LOG2_E * scale) if is_softmax else 1.0

@@ -140,7 +140,8 @@ def _backward_tile(
     by_distance, num_distances, by_bucket,
     A: tl.constexpr, V: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FAST: tl.constexpr,
     NATIVE: tl.constexpr, ONCE: tl.constexpr, PRECISION: tl.constexpr, IS_LOOKED_UP: tl.constexpr,
-    CAN_BE_FAR: tl.constexpr, HAS_POSITION: tl.constexpr, IS_REPEATABLE: tl.constexpr,
+    CAN_BE_FAR: tl.constexpr, HAS_POSITION: tl.constexpr, IS_ALONE: tl.constexpr,
+    IS_REPEATABLE: tl.constexpr,
 ):  # fmt: skip
     """(grads_k, grads_v, sums) with a tile's queries; the rest is added to memory. Tiles are
     [keys, queries]."""
@@ -187,7 +188,10 @@ def _backward_tile(
         else:
             grads_q = tl.dot(tl.trans(narrow), k, input_precision=PRECISION)
         at, is_inside = row_addresses(grad_q, x.num_heads, place, rows, x.attention_dim, A)
-        tl.atomic_add(at, grads_q, mask=is_inside, sem="relaxed")
+        if IS_ALONE:
+            tl.store(at, grads_q.to(grad_q.dtype.element_ty), mask=is_inside)
+        else:
+            tl.atomic_add(at, grads_q, mask=is_inside, sem="relaxed")
     return grads_k, grads_v, sums
 
 
@@ -211,11 +215,11 @@ def backward(
     num_distances: "Any", num_rows: "Any",
     A: tl.constexpr, V: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FAST: tl.constexpr,
     NATIVE: tl.constexpr, ONCE: tl.constexpr, PRECISION: tl.constexpr, HAS_POSITION: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, IS_REPEATABLE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, IS_ALONE: tl.constexpr, IS_REPEATABLE: tl.constexpr,
 ) -> None:  # fmt: skip
     """Gradients of a block of N keys and their values, and what it adds to those of queries and tables:
-    float32 [T, H, A], and the lanes of a row of [rows, POSITION_LANES, num_distances] and
-    [rows, TIME_LANES, HISTOGRAM], rows in turn a head's."""
+    float32 [T, H, A] (IS_ALONE: writes, where no history has another block), and the lanes of a row of
+    [rows, POSITION_LANES, num_distances] and [rows, TIME_LANES, HISTOGRAM], rows in turn a head's."""
     place, num_seen, begin, columns = place_of(x, N)
     head, _first, length = place
     k = load_rows(x.k, x.strides[1], x.head_strides[1], place, columns, x.attention_dim, A)
@@ -234,7 +238,7 @@ def backward(
         grads_k, grads_v, sums = _backward_tile(
             x, place, num_seen, k, v, then, False, 0, buckets, sums, columns, start, grads_k, grads_v,
             grad_q, by_distance, num_distances, by_bucket, A, V, M, N, FAST, NATIVE, ONCE, PRECISION,
-            True, False, HAS_POSITION, IS_REPEATABLE,
+            True, False, HAS_POSITION, IS_ALONE, IS_REPEATABLE,
         )  # fmt: skip
     end = _last_query(x, place, num_seen, begin, N, HAS_WINDOW)
     if x.by_bucket is not None:
@@ -251,7 +255,8 @@ def backward(
         grads_k, grads_v, sums = _backward_tile(
             x, place, num_seen, k, v, then, is_far, most, buckets, sums, columns, start, grads_k, grads_v,
             grad_q, by_distance, num_distances, by_bucket, A, V, M, N, FAST, NATIVE, ONCE, PRECISION,
-            HAS_POSITION or HAS_WINDOW or x.num_seen is not None, True, HAS_POSITION, IS_REPEATABLE,
+            HAS_POSITION or HAS_WINDOW or x.num_seen is not None, True, HAS_POSITION, IS_ALONE,
+            IS_REPEATABLE,
         )  # fmt: skip
     if x.by_bucket is not None:
         add_sums(by_bucket, sums, buckets, N, IS_REPEATABLE)
