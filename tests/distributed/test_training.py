@@ -262,18 +262,24 @@ def whole_table(results, part):
     return np.concatenate([rows for _, rows in shards])
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_losses_and_weights_equal_the_unsharded_model(tmp_path, world_size, settings):
-    path = tmp_path / "data"
-    make_data(path)
-    results = run_ranks(world_size, train_sharded, path, settings)
+def assert_trains_as_the_plain_model(path, world_size, settings, train=train_sharded):
+    """Losses, rows and weights of `train` on that many ranks; returns the losses."""
+    results = run_ranks(world_size, train, path, settings)
     losses, rows, encoder = train_plainly(path, settings, whole_table(results, 1), results[0][3])
     for result in results:
         np.testing.assert_allclose(result[0], losses, rtol=0, atol=1e-5)
         for name, value in encoder.items():
             np.testing.assert_allclose(result[4][name], value.numpy(), atol=2e-5, err_msg=name)
     np.testing.assert_allclose(whole_table(results, 2), rows, atol=1e-5)
+    return losses
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_losses_and_weights_equal_the_unsharded_model(tmp_path, world_size, settings):
+    path = tmp_path / "data"
+    make_data(path)
+    losses = assert_trains_as_the_plain_model(path, world_size, settings)
     assert abs(losses[0] - losses[-1]) > 1e-3
 
 
@@ -290,13 +296,7 @@ def train_as_a_gpu_does(path, settings):
 def test_the_kernels_train_as_the_unsharded_model(tmp_path, world_size, name):
     path, settings = tmp_path / "data", SETTINGS[name]
     make_data(path)
-    results = run_ranks(world_size, train_as_a_gpu_does, path, settings)
-    losses, rows, encoder = train_plainly(path, settings, whole_table(results, 1), results[0][3])
-    for result in results:
-        np.testing.assert_allclose(result[0], losses, rtol=0, atol=1e-5)
-        for name, value in encoder.items():
-            np.testing.assert_allclose(result[4][name], value.numpy(), atol=2e-5, err_msg=name)
-    np.testing.assert_allclose(whole_table(results, 2), rows, atol=1e-5)
+    assert_trains_as_the_plain_model(path, world_size, settings, train_as_a_gpu_does)
 
 
 def test_bfloat16_trains_as_float32_does_but_for_rounding(tmp_path):
