@@ -22,9 +22,7 @@ FORWARD = [
     ),
     *((64, step, 4, stages) for step, stages in ((32, 3), (64, 2), (64, 3))),
 ]
-BACKWARD = [
-    *((block, step, block // 16, 2) for block, step in ((128, 32), (128, 64), (64, 32), (64, 64))),
-]
+BACKWARD = [(block, step, block // 16, 2) for block in (128, 64) for step in (32, 64)]
 NUM_SHOWN = 4
 
 

@@ -89,7 +89,8 @@ class TrainConfig:
     device: DeviceChoice = "auto"
     """auto takes CUDA when present."""
     precision: Precision = "float32"
-    """Of the dense part's products: float32, tf32 (on CUDA) or bfloat16 (the encoder; tf32 for the rest).
+    """Of the dense part's products: float32, tf32 (on CUDA) or bfloat16 (the encoder and, on
+    Hopper, the fused loss; tf32 for the rest).
     Parameters, item rows and evaluation's scores are float32."""
     resume: str = "none"
     """none, auto (newest complete checkpoint of train.run_dir), or a checkpoint folder."""

@@ -86,7 +86,8 @@ class SoftmaxLoss(torch.autograd.Function):
         if fuses(is_hopper, queries.dtype, queries.shape[1], whole.seen is not None):
             found = _fused(whole, target_logits * LOG2_E, negatives.is_divided, is_bounded, dtype)
         else:
-            found = _in_chunks(whole, target_logits * LOG2_E, negatives, is_bounded)
+            targets = target_logits * LOG2_E
+            found = _in_chunks(whole, queries, targets, negatives, is_bounded)
         if negatives.is_divided:
             distributed.all_reduce_sum(found.queries)
         ctx.save_for_backward(
@@ -147,9 +148,11 @@ def _fused(
     )
 
 
-def _in_chunks(whole: "_Scored", targets: Tensor, negatives: Negatives, is_bounded: bool) -> _Found:
-    """By products of a chunk of queries at a time. `targets`: their logits, of base 2."""
-    queries, candidates = whole.queries / LOG2_E, whole.candidates
+def _in_chunks(
+    whole: "_Scored", queries: Tensor, targets: Tensor, negatives: Negatives, is_bounded: bool
+) -> _Found:
+    """By products of a chunk of `queries` at a time. `targets`: their logits, of base 2."""
+    candidates = whole.candidates
     losses, grad_targets = torch.empty_like(targets), torch.empty_like(targets)
     grad_queries, grad_candidates = torch.zeros_like(queries), torch.zeros_like(candidates)
     grad_bias = queries.new_zeros(())

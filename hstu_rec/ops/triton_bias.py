@@ -204,9 +204,14 @@ def add_time_bias(
 
 
 @triton.jit
-def _near_bias(x, head, now, then, NATIVE: tl.constexpr):
-    buckets = time_buckets((now - then).to(tl.float32), NATIVE)
+def bucket_bias(x: "Any", head: "Any", buckets: "Any", NATIVE: tl.constexpr) -> "Any":
+    """float32 bias of `time_buckets`."""
     return look_up(x.by_bucket + head * x.table_strides[1] - BUCKET_0, buckets, NATIVE)
+
+
+@triton.jit
+def _near_bias(x, head, now, then, NATIVE: tl.constexpr):
+    return bucket_bias(x, head, time_buckets((now - then).to(tl.float32), NATIVE), NATIVE)
 
 
 @triton.jit

@@ -35,6 +35,7 @@ from hstu_rec.ops.triton_bias import (
 )
 from hstu_rec.ops.triton_parts import (
     distances,
+    load_keys,
     load_queries,
     load_rows,
     place_of,
@@ -55,8 +56,7 @@ def _forward_tile(
     """(mixed, total, top) with the keys of a tile."""
     head = place[0]
     columns = start + tl.arange(0, N)
-    k = load_rows(x.k, x.strides[1], x.head_strides[1], place, columns, x.attention_dim, A)
-    v = load_rows(x.v, x.strides[2], x.head_strides[2], place, columns, x.value_dim, V)
+    k, v = load_keys(x, place, columns, A, V)
     distance = distances(x, rows[:, None], columns[None, :], num_seen)
     bias = position_bias(x, head, distance, IS_LOOKED_UP, NATIVE)
     if x.by_bucket is not None:
@@ -222,8 +222,7 @@ def backward(
     [rows, POSITION_LANES, num_distances] and [rows, TIME_LANES, HISTOGRAM], rows in turn a head's."""
     place, num_seen, begin, columns = place_of(x, N)
     head, _first, length = place
-    k = load_rows(x.k, x.strides[1], x.head_strides[1], place, columns, x.attention_dim, A)
-    v = load_rows(x.v, x.strides[2], x.head_strides[2], place, columns, x.value_dim, V)
+    k, v = load_keys(x, place, columns, A, V)
     then, ends, queries, buckets = columns, 0, 0, 0
     if x.by_bucket is not None:
         then = load_times(x.then, place, columns)

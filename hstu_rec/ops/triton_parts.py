@@ -149,6 +149,14 @@ def weights_and_grads(
 
 
 @triton.jit
+def load_keys(x: "Any", place: "Any", columns: "Any", A: tl.constexpr, V: tl.constexpr) -> "Any":
+    """(k, v) of a block of keys."""
+    k = load_rows(x.k, x.strides[1], x.head_strides[1], place, columns, x.attention_dim, A)
+    v = load_rows(x.v, x.strides[2], x.head_strides[2], place, columns, x.value_dim, V)
+    return k, v
+
+
+@triton.jit
 def load_queries(x: "Any", place: "Any", rows: "Any", A: tl.constexpr, V: tl.constexpr) -> "Any":
     """(q, grad_out, logsumexp, delta, now) of a block of queries; what is not there means nothing."""
     head, first, length = place

@@ -15,15 +15,15 @@ from hstu_rec.ops.triton_bias import (
     BUCKET_0,
     HISTOGRAM,
     NUM_BEFORE,
+    bucket_bias,
     load_times,
-    look_up,
     position_bias,
     time_buckets,
 )
 from hstu_rec.ops.triton_parts import (
     distances,
+    load_keys,
     load_queries,
-    load_rows,
     place_of,
     score,
     store_rows,
@@ -92,15 +92,13 @@ def backward_queries(
     histogram = tl.zeros([HISTOGRAM], dtype=tl.float32)
     for start in range(0, begin + N, N):
         columns = start + tl.arange(0, N)
-        k = load_rows(x.k, x.strides[1], x.head_strides[1], place, columns, x.attention_dim, A)
-        v = load_rows(x.v, x.strides[2], x.head_strides[2], place, columns, x.value_dim, V)
+        k, v = load_keys(x, place, columns, A, V)
         distance = distances(x, rows[:, None], columns[None, :], num_seen)
         bias, buckets = position_bias(x, head, distance, True, NATIVE), distance
         if x.by_bucket is not None:
             seconds = now[:, None] - load_times(x.then, place, columns)[None, :]
             buckets = time_buckets(seconds.to(tl.float32), NATIVE)
-            row = x.by_bucket + head * x.table_strides[1] - BUCKET_0
-            bias += look_up(row, buckets, NATIVE)
+            bias += bucket_bias(x, head, buckets, NATIVE)
         scores = score(x, q, tl.trans(k), bias, PRECISION)
         grads = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
         _, grads = weights_and_grads(x, scores, grads, logsumexp, delta, FAST)
