@@ -92,6 +92,9 @@ class TrainConfig:
     """Of the dense part's products: float32, tf32 (on CUDA) or bfloat16 (the encoder and, on
     Hopper, the fused loss; tf32 for the rest).
     Parameters, item rows and evaluation's scores are float32."""
+    cuda_graphs: bool = False
+    """Replays the dense part of a step as a CUDA graph, for small models, which wait for the host; one
+    process. A graph is captured for each size of batch: the first steps are slow."""
     resume: str = "none"
     """none, auto (newest complete checkpoint of train.run_dir), or a checkpoint folder."""
     run_dir: str = ""

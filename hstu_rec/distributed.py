@@ -114,13 +114,13 @@ def on_device(values: T, device: torch.device, but: Collection[str] = ()) -> T:
 
     From CPU to CUDA they travel as one, through pinned memory: nothing waits for the device.
     """
-    found = list(_tensors(values, but))
+    found = list(tensors_of(values, but))
     is_sent = device.type == "cuda" and all(tensor.device.type == "cpu" for tensor in found)
     moved = sent(found, device) if is_sent else [tensor.to(device) for tensor in found]
-    return _with_tensors(values, iter(moved), but)
+    return with_tensors(values, iter(moved), but)
 
 
-def _tensors(values: Any, but: Collection[str] = ()) -> Iterator[torch.Tensor]:
+def tensors_of(values: Any, but: Collection[str] = ()) -> Iterator[torch.Tensor]:
     """The tensors of a dataclass and of dataclasses in it."""
     for field in fields(values):
         value = getattr(values, field.name)
@@ -129,11 +129,11 @@ def _tensors(values: Any, but: Collection[str] = ()) -> Iterator[torch.Tensor]:
         if isinstance(value, torch.Tensor):
             yield value
         elif is_dataclass(value):
-            yield from _tensors(value)
+            yield from tensors_of(value)
 
 
-def _with_tensors(values: T, tensors: Iterator[torch.Tensor], but: Collection[str] = ()) -> T:
-    """A copy of a dataclass with others in place of its `_tensors`."""
+def with_tensors(values: T, tensors: Iterator[torch.Tensor], but: Collection[str] = ()) -> T:
+    """A copy of a dataclass with others in place of its `tensors_of`."""
     changed = {}
     for field in fields(values):
         value = getattr(values, field.name)
@@ -142,7 +142,7 @@ def _with_tensors(values: T, tensors: Iterator[torch.Tensor], but: Collection[st
         if isinstance(value, torch.Tensor):
             changed[field.name] = next(tensors)
         elif is_dataclass(value):
-            changed[field.name] = _with_tensors(value, tensors)
+            changed[field.name] = with_tensors(value, tensors)
     return replace(values, **changed)
 
 

@@ -18,6 +18,7 @@ from hstu_rec.config import OptimConfig, RunConfig
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.stream import TrainStream
 from hstu_rec.encoder import HSTUEncoder
+from hstu_rec.graphs import DenseGraphs
 from hstu_rec.item_table import ItemTable, fill_rows, shard_model
 from hstu_rec.loss import NegativeSampler, SampledSoftmax
 from hstu_rec.model import NextItemModel
@@ -62,6 +63,9 @@ class Learner:
             SampledSoftmax(config.loss).to(device),
             torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32,
         )
+        if config.train.cuda_graphs:
+            _check_graphs(model, device)
+            model.graphs = DenseGraphs(model)
         distributed.use_precision(config.train.precision)
         self.model = shard_model(model, config.table, device, seed)
         sampler = NegativeSampler(config.loss, dataset.num_items, dataset.train_counts, seed)
@@ -168,6 +172,15 @@ class Learner:
         }
         fused = self.model.fused_optimizer.state_dict()["state"]
         return {"model": self.model.state_dict(), "dense": moments, "fused": fused}
+
+
+def _check_graphs(model: NextItemModel, device: torch.device) -> None:
+    kernel, ranks = model.encoder.attention_kernel(model.dtype), distributed.world_size()
+    if device.type != "cuda" or ranks > 1 or kernel != "triton":
+        raise ValueError(
+            "train.cuda_graphs is for one process on CUDA with the attention kernel triton; got "
+            f"{ranks} processes on {device.type} with {kernel}; set it to false"
+        )
 
 
 def rate_factor(config: OptimConfig, step: int, num_steps: int) -> float:

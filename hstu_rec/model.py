@@ -1,5 +1,6 @@
 """NextItemModel: one lookup, the encoder, the loss; the module that DistributedModelParallel wraps."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,7 @@ class NextItemModel(nn.Module):
     ) -> None:
         super().__init__()
         self.table, self.encoder, self.loss, self.dtype = table, encoder, loss, dtype
+        self.graphs: Callable[..., Tensor] | None = None
 
     def forward(
         self,
@@ -74,13 +76,35 @@ class NextItemModel(nn.Module):
         """
         lookup = lookup or Lookup.of(batch, negatives)
         rows = self.table(lookup.ids) if sent is None else sent.rows()
-        history, targets, *rest = rows.index_select(0, lookup.places).split(lookup.counts)
-        times = (batch.timestamps, batch.next_timestamps)
-        is_half = self.dtype != torch.float32
-        with torch.autocast(history.device.type, self.dtype, enabled=is_half):
-            encoded = self.encoder(history, batch.offsets, *times, layout=layout).float()
+        gathered = rows.index_select(0, lookup.places)
         if negatives is not None:
-            return (self.loss(encoded, targets, batch.target_ids, rest[0], negatives, self.dtype),)
+            # A graph instead, where one was made: see hstu_rec.graphs.
+            dense = self.graphs or self.dense
+            return (dense(gathered, batch, negatives, layout),)
+        history, targets = gathered.split(lookup.counts)
+        encoded = self._encoded(history, batch, layout)
         # One query a user, at its newest event, and its target, both as they are scored.
         newest = encoded[batch.offsets[1:] - 1]
         return self.loss.query_vectors(newest), self.loss.item_vectors(targets)
+
+    def dense(
+        self,
+        gathered: Tensor,
+        batch: SequenceBatch,
+        negatives: Negatives,
+        layout: JaggedLayout | None,
+    ) -> Tensor:
+        """The sum of losses of `gathered` rows of histories, targets and negatives."""
+        counts = len(batch.item_ids), len(batch.target_ids), len(negatives.ids)
+        history, targets, rows = gathered.split(counts)
+        encoded = self._encoded(history, batch, layout)
+        return self.loss(encoded, targets, batch.target_ids, rows, negatives, self.dtype)
+
+    def _encoded(
+        self, history: Tensor, batch: SequenceBatch, layout: JaggedLayout | None
+    ) -> Tensor:
+        """float32 [T, D] of rows [T, D]."""
+        times = (batch.timestamps, batch.next_timestamps)
+        is_half = self.dtype != torch.float32
+        with torch.autocast(history.device.type, self.dtype, enabled=is_half):
+            return self.encoder(history, batch.offsets, *times, layout=layout).float()

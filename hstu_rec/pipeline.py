@@ -18,6 +18,7 @@ from hstu_rec import distributed
 from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.data.stream import TrainStream
 from hstu_rec.distributed import on_device
+from hstu_rec.graphs import filled_batch, filled_layout, filled_lookup, filled_negatives
 from hstu_rec.item_table import ItemTable, SentIds, check_ids
 from hstu_rec.loss import NegativeSampler, with_seen
 from hstu_rec.model import Lookup, NextItemModel
@@ -104,10 +105,26 @@ class InputPipeline:
             is_shared = negatives.is_divided and distributed.world_size() > 1
             of_all = self._stream.batch(*place[:2], of_all_ranks=True) if is_shared else batch
             negatives = with_seen(negatives, batch, of_all)
-        layout = self._model.encoder.layout(
-            batch.offsets, batch.timestamps, batch.next_timestamps, dtype=self._model.dtype
+        made = StepInput(batch, negatives, Lookup.of(batch, negatives), self._layout(batch))
+        return self._filled(made) if self._model.graphs else made
+
+    def _layout(self, batch: SequenceBatch) -> JaggedLayout:
+        times = batch.timestamps, batch.next_timestamps
+        return self._model.encoder.layout(batch.offsets, *times, dtype=self._model.dtype)
+
+    def _filled(self, made: StepInput) -> StepInput:
+        """The input with sizes of a graph."""
+        longest = self._stream.max_history_len
+        batch = filled_batch(made.batch, longest)
+        size = len(batch.item_ids)
+        negatives = filled_negatives(made.negatives, len(made.batch.item_ids), size)
+        layout: Any = self._layout(batch)
+        return StepInput(
+            batch,
+            negatives,
+            filled_lookup(made.lookup, (size, size, len(negatives.ids))),
+            filled_layout(layout, longest),
         )
-        return StepInput(batch, negatives, Lookup.of(batch, negatives), layout)
 
 
 class Meanwhile(torch.autograd.Function):

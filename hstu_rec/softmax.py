@@ -47,6 +47,8 @@ class Negatives:
     when divided, hold candidate `place`; None without seen bias."""
     num_seen: int | None = None
     """Pairs of positions and candidates that `seen` stands for, if counted ahead."""
+    is_scored: Tensor | None = None
+    """bool [P]: positions that count; None for all. Of one process."""
     is_target_seen: Tensor | None = None
     """bool [P]: whether a target is in its own history; None without seen bias."""
 
@@ -84,7 +86,7 @@ class SoftmaxLoss(torch.autograd.Function):
         whole = _Scored.of(queries, candidates, target_ids, negatives, seen_bias)
         is_hopper = distributed.is_hopper(queries.device)
         if fuses(is_hopper, queries.dtype, queries.shape[1], whole.seen is not None):
-            found = _fused(whole, target_logits * LOG2_E, negatives.is_divided, is_bounded, dtype)
+            found = _fused(whole, target_logits * LOG2_E, negatives, is_bounded, dtype)
         else:
             targets = target_logits * LOG2_E
             found = _in_chunks(whole, queries, targets, negatives, is_bounded)
@@ -119,7 +121,7 @@ def fuses(is_hopper: bool, dtype: torch.dtype, width: int, has_seen: bool) -> bo
 
 
 def _fused(
-    whole: "_Scored", targets: Tensor, is_divided: bool, is_bounded: bool, dtype: torch.dtype
+    whole: "_Scored", targets: Tensor, negatives: Negatives, is_bounded: bool, dtype: torch.dtype
 ) -> _Found:
     """By kernels that write no logits. `targets`: their logits, of base 2."""
     from hstu_rec.ops.triton_softmax import Scored, softmax_grads, softmax_sums
@@ -130,22 +132,22 @@ def _fused(
     top = sums.top
     if not is_bounded:
         top = torch.maximum(top, targets)
-        if is_divided:
+        if negatives.is_divided:
             distributed.all_reduce_max(top)
     scale = (sums.top - top).exp2_()
     total = sums.total * scale
-    if is_divided:
+    if negatives.is_divided:
         distributed.all_reduce_sum(total)
     target_weight = (targets - top).exp2_()
     total += target_weight
     log_total = total.log2() + top
-    return _Found(
-        log_total - targets,
-        sums.mixed * (scale / total)[:, None],
-        target_weight / total - 1,
-        softmax_grads(x, log_total) / LOG2_E,
-        targets.new_zeros(()),
-    )
+    losses, of_targets, scale = log_total - targets, target_weight / total - 1, scale / total
+    if (counted := negatives.is_scored) is not None:
+        losses, of_targets, scale = losses * counted, of_targets * counted, scale * counted
+        log_total = log_total.masked_fill(~counted, torch.inf)
+    of_candidates = softmax_grads(x, log_total) / LOG2_E
+    of_queries = sums.mixed * scale[:, None]
+    return _Found(losses, of_queries, of_targets, of_candidates, targets.new_zeros(()))
 
 
 def _in_chunks(
@@ -181,6 +183,11 @@ def _in_chunks(
         total += target_weight
         losses[part] = total.log2() + (top - target)
         grad_targets[part] = target_weight.div_(total).sub_(1)
+        if negatives.is_scored is not None:
+            counted = negatives.is_scored[part]
+            losses[part] *= counted
+            grad_targets[part] *= counted
+            total = total.masked_fill(~counted, torch.inf)
         query = query / total[:, None]
         for (at, tile, seen), _ in exponentials:
             grad_queries[part].addmm_(tile, candidates[at])

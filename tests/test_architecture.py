@@ -17,6 +17,7 @@ LAYERS = [
     {"runs"},
     {"learner"},
     {"pipeline"},
+    {"graphs"},
     {"config", "comparison"},
     {"report", "baselines"},
     {"evaluator"},
