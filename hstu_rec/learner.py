@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hstu_rec import distributed
 from hstu_rec.co_occurrence import count_pairs, item_vectors
@@ -99,8 +99,8 @@ class Learner:
             vectors = norm * item_vectors(pairs, dim, self.config.train.seed)
         fill_rows(self.model, self.table, vectors, self.device)
 
-    def step(self, epoch: int, index: int, step: int) -> Tensor:
-        """One training step; returns the mean loss over all ranks' positions, a CPU scalar. Collective.
+    def step(self, epoch: int, index: int, step: int) -> float:
+        """One training step; returns the mean loss over all ranks' positions. Collective.
 
         Raises FloatingPointError on all ranks, before backward changes any row, when it is not finite.
         """
@@ -118,14 +118,18 @@ class Learner:
         self.inputs.advance()
         loss = (loss_sum + meanwhile) / now.batch.num_targets_global
         mean = loss.detach().clone()
-        wait = distributed.start_all_reduce_sum(mean)
+        wait, known = distributed.start_all_reduce_sum(mean), math.nan
 
         def check() -> None:
+            nonlocal known
+            if math.isfinite(known):
+                return
             wait()
-            if not math.isfinite(mean):
+            known = float(mean)  # waits for a GPU, whose backward is still to come
+            if not math.isfinite(known):
                 raise FloatingPointError(
-                    f"the loss is {float(mean)} at step {step} (epoch {epoch}, batch {index}); no row "
-                    "was changed by it; lower optim.lr or table.lr"
+                    f"the loss is {known} at step {step} (epoch {epoch}, batch {index}); no row was "
+                    "changed by it; lower optim.lr or table.lr"
                 )
 
         ids.before_update(check)
@@ -136,7 +140,7 @@ class Learner:
             nn.utils.clip_grad_norm_(self.dense, self.config.optim.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return mean.cpu()
+        return known
 
     def _set_rates(self, step: int) -> None:
         factor = rate_factor(self.config.optim, step, self.num_steps_planned)

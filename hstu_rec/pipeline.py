@@ -80,6 +80,9 @@ class InputPipeline:
         """Sends the ids of a step, if its epoch has it. Collective."""
         if place.batch < self._stream.num_steps(place.epoch):
             self._sent[place] = self._send(place)
+            if distributed.world_size() == 1:
+                # No other to wait for; later it would be for the GPU's forward pass.
+                self.advance()
 
     def make_ahead(self, place: Place) -> None:
         """Makes the input of a step on CPU, if its epoch has it; collective for in_batch negatives."""
@@ -87,7 +90,7 @@ class InputPipeline:
             self._made[place] = self._make(place)
 
     def advance(self) -> None:
-        """Starts the second exchange of the ids that were sent ahead."""
+        """Starts the second exchange of the ids that were sent ahead, once others have sent theirs."""
         for _, ids in self._sent.values():
             ids.advance()
 
@@ -105,26 +108,24 @@ class InputPipeline:
             is_shared = negatives.is_divided and distributed.world_size() > 1
             of_all = self._stream.batch(*place[:2], of_all_ranks=True) if is_shared else batch
             negatives = with_seen(negatives, batch, of_all)
-        made = StepInput(batch, negatives, Lookup.of(batch, negatives), self._layout(batch))
-        return self._filled(made) if self._model.graphs else made
+        lookup = Lookup.of(batch, negatives)
+        if self._model.graphs:
+            return self._filled(batch, negatives, lookup)
+        return StepInput(batch, negatives, lookup, self._layout(batch))
 
     def _layout(self, batch: SequenceBatch) -> JaggedLayout:
         times = batch.timestamps, batch.next_timestamps
         return self._model.encoder.layout(batch.offsets, *times, dtype=self._model.dtype)
 
-    def _filled(self, made: StepInput) -> StepInput:
+    def _filled(self, batch: SequenceBatch, negatives: Negatives, lookup: Lookup) -> StepInput:
         """The input with sizes of a graph."""
-        longest = self._stream.max_history_len
-        batch = filled_batch(made.batch, longest)
+        num_events, longest = len(batch.item_ids), self._stream.max_history_len
+        batch = filled_batch(batch, longest)
         size = len(batch.item_ids)
-        negatives = filled_negatives(made.negatives, len(made.batch.item_ids), size)
+        negatives = filled_negatives(negatives, num_events, size)
+        lookup = filled_lookup(lookup, (size, size, len(negatives.ids)))
         layout: Any = self._layout(batch)
-        return StepInput(
-            batch,
-            negatives,
-            filled_lookup(made.lookup, (size, size, len(negatives.ids))),
-            filled_layout(layout, longest),
-        )
+        return StepInput(batch, negatives, lookup, filled_layout(layout, longest))
 
 
 class Meanwhile(torch.autograd.Function):

@@ -153,7 +153,7 @@ def _train_epoch(
     learner.model.train()
     loss = math.nan
     for index in range(learner.stream.num_steps(progress.epoch)):
-        loss = float(learner.step(progress.epoch, index, progress.step))
+        loss = learner.step(progress.epoch, index, progress.step)
         if progress.step % log_every_steps == 0:
             tracker.log("train", progress.step, {"loss": loss})
         progress.step += 1

@@ -115,7 +115,7 @@ def train_sharded(path, settings):
     for epoch in range(9):
         for index in range(learner.stream.num_steps(epoch)):
             if step < NUM_STEPS:
-                losses.append(float(learner.step(epoch, index, step)))
+                losses.append(learner.step(epoch, index, step))
                 step += 1
     final = [(rows.numpy(), first) for rows, first in local_shards(learner.model)]
     as_numpy = {name: value.numpy() for name, value in encoder.items()}
@@ -375,7 +375,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_a_row_changes(tmp_path
 def losses_of_two_steps(path, settings):
     config = make_config(path, [*settings, "data.batch_users=4"])
     learner = Learner(config, Dataset(path), torch.device("cpu"))
-    return [float(learner.step(0, index, index)) for index in range(2)]
+    return [learner.step(0, index, index) for index in range(2)]
 
 
 def refusal(path, settings):
