@@ -5,6 +5,7 @@ the package: a default process group always exists after `start()`.
 """
 
 import ctypes
+import functools
 import hashlib
 import os
 import struct
@@ -261,6 +262,36 @@ def start_all_reduce_sum(tensor: torch.Tensor) -> Callable[[], None]:
     work = dist.all_reduce(tensor, async_op=True)
     assert work is not None
     return work.wait  # pyright: ignore[reportReturnType]
+
+
+def start_reading(scalar: torch.Tensor, wait: Callable[[], None]) -> Callable[[], float]:
+    """Begins to bring a scalar, once `wait` is through, to the host; what is returned waits for it alone, not
+    for what a GPU is given to do meanwhile."""
+    if not scalar.is_cuda:
+
+        def read() -> float:
+            wait()
+            return float(scalar)
+
+        return read
+    stream = _side_stream(scalar.device)
+    stream.wait_stream(torch.cuda.current_stream(scalar.device))
+    with torch.cuda.stream(stream):
+        wait()
+        host = scalar.to("cpu", non_blocking=True)
+        done = stream.record_event()
+    scalar.record_stream(stream)
+
+    def read_host() -> float:
+        done.synchronize()
+        return float(host)
+
+    return read_host
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:

@@ -118,14 +118,14 @@ class Learner:
         self.inputs.advance()
         loss = (loss_sum + meanwhile) / now.batch.num_targets_global
         mean = loss.detach().clone()
-        wait, known = distributed.start_all_reduce_sum(mean), math.nan
+        read = distributed.start_reading(mean, distributed.start_all_reduce_sum(mean))
+        known = math.nan
 
         def check() -> None:
             nonlocal known
             if math.isfinite(known):
                 return
-            wait()
-            known = float(mean)  # waits for a GPU, whose backward is still to come
+            known = read()
             if not math.isfinite(known):
                 raise FloatingPointError(
                     f"the loss is {known} at step {step} (epoch {epoch}, batch {index}); no row was "
