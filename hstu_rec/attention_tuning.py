@@ -22,7 +22,11 @@ FORWARD = [
     ),
     *((64, step, 4, stages) for step, stages in ((32, 3), (64, 2), (64, 3))),
 ]
-BACKWARD = [(block, step, block // 16, 2) for block in (128, 64) for step in (32, 64)]
+BACKWARD = [
+    *((128, step, 8, stages) for step, stages in ((32, 2), (64, 2), (32, 3), (64, 3), (32, 4))),
+    *((64, step, warps, 2) for step in (32, 64) for warps in (4, 8)),
+    (64, 32, 8, 3),
+]
 NUM_SHOWN = 4
 
 
@@ -49,7 +53,7 @@ def option_times(config: OptionTimes, device: torch.device) -> Iterator[str]:
     """Lines, one for a shape, kernel and bias: ms of the quickest options. Raises ValueError without CUDA."""
     if device.type != "cuda":
         raise ValueError("compile options are timed on CUDA, and torch sees no CUDA device here")
-    from hstu_rec.ops import triton as fused  # where no GPU is, triton need not be
+    from hstu_rec.ops import triton_options as options_of  # where no GPU is, triton need not be
 
     for text, has_bias in itertools.product(config.shapes, (False, True)):
         shape = Shape.of(text)
@@ -62,7 +66,7 @@ def option_times(config: OptionTimes, device: torch.device) -> Iterator[str]:
                 if name == "forward":
                     own |= {"M": block, "N": step}
                 else:
-                    is_once = fused.adds_once(torch.bfloat16, block, step, warps)
+                    is_once = options_of.adds_once(torch.bfloat16, block, step, warps)
                     own |= {"M": step, "N": block, "ONCE": is_once}
                 seconds = _seconds(lambda run=run, o={**usual, **own}: run(o), config.repeats)
                 found.append((seconds, (block, step, warps, stages)))
@@ -86,6 +90,7 @@ def _kernel(
 ) -> tuple[Callable[[dict[str, Any]], object], dict[str, Any]]:
     """(starts the kernel with options, the options that are shipped)."""
     from hstu_rec.ops import triton as fused
+    from hstu_rec.ops import triton_options as options_of
 
     torch.manual_seed(0)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
@@ -106,7 +111,6 @@ def _kernel(
         by_bucket,
         layout.now,
         layout.then,
-        grad_out=None if is_forward else grad,
         logsumexp=None,
         delta=None,
         offsets=layout.offsets,
@@ -119,14 +123,20 @@ def _kernel(
     )
     grid, out = (len(layout.query_users) * shape.num_heads,), torch.empty_like(q)
     if is_forward:
-        usual = fused.forward_options(x, block, has_bias)
-        return lambda options: fused.forward[grid](x, out, **options), usual
+        rows = [q, k, v]
+        usual = options_of.forward_options(x, rows, block, has_bias)
+
+        def run_forward(options: dict[str, Any]) -> None:
+            arguments: Any = (*options_of.forward_rows(rows, options), out)
+            fused.forward[grid](x, *arguments, **options)
+
+        return run_forward, usual
+    rows = [q, k, v, grad]
     sums, num_rows = fused.table_sums(x, has_bias)
     grad_q = torch.zeros(size, device=device)
     ends: Any = (torch.empty_like(k), out, *sums, sums[0].shape[-1], num_rows)
-    usual = {
-        **fused.backward_options(x, block, has_bias),
-        "IS_ALONE": False,
-        "IS_REPEATABLE": False,
-    }
-    return lambda options: fused.backward[grid](x, grad_q, *ends, **options), usual
+
+    def run_backward(options: dict[str, Any]) -> None:
+        fused.backward[grid](x, *options_of.backward_rows(rows, grad_q, options), *ends, **options)
+
+    return run_backward, options_of.backward_options(x, rows, block, has_bias)

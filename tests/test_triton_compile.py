@@ -12,6 +12,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from hstu_rec.ops import triton as kernels
+from hstu_rec.ops import triton_options as options_of
 from hstu_rec.ops import triton_softmax as softmax
 from hstu_rec.ops.triton_layout import block_layout
 
@@ -33,25 +34,32 @@ for dtype, width, is_rich in (
         torch.tensor([0, 256]), times * 2**33 if is_rich else times, None, dtype, width,
         num_targets=torch.tensor([9]) if is_rich else None, window=50 * is_rich,
     )
-    q = torch.empty(256, 2, width, dtype=dtype)
+    q, sums = torch.empty(256, 2, width, dtype=dtype), torch.empty(256, 2, width)
     for by_bucket, rows in ((table, None), (table, table), (None, None)):
         x = kernels.inputs(
-            q, q, q, table, by_bucket, layout.now, layout.then, grad_out=q, logsumexp=rows, delta=rows,
+            q, q, q, table, by_bucket, layout.now, layout.then, logsumexp=rows, delta=rows,
             offsets=layout.offsets, num_seen=layout.num_seen, window=layout.window, is_sorted=1,
             users=layout.query_users, begins=layout.query_begins, scale=0.1,
         )
-        has_position, block, ends = by_bucket is not None, layout.block, (table, table, 513)
-        options = kernels.backward_options(x, block, has_position)
-        own = {name: options[name] for name in options if name not in ("M", "ONCE")} | {"num_stages": 1}
+        has_position, ends = by_bucket is not None, (table, table, 513)
+        of_rows, block = [q, q, q, q], layout.key_block
+        forward = options_of.forward_options(x, of_rows, layout.query_block, has_position)
+        modes = [
+            options_of.backward_options(x, of_rows, block, has_position, *mode)
+            for mode in ((False, False), (True, False), (False, True))
+        ]
         for made in (
-            kernels.forward.warmup(x, q, **kernels.forward_options(x, block, has_position), grid=(1,)),
-            kernels.backward_queries.warmup(x, q, *ends, **own, grid=(1,)),
+            kernels.forward.warmup(
+                x, *options_of.forward_rows(of_rows[:3], forward), q, **forward, grid=(1,)
+            ),
+            kernels.backward_queries.warmup(
+                x, *of_rows, q, *ends, **options_of.queries_options(modes[0]), grid=(1,)
+            ),
             *(
                 kernels.backward.warmup(
-                    x, table, q, q, *ends, 64, **options, IS_ALONE=alone, IS_REPEATABLE=mode,
-                    grid=(1,),
+                    x, *options_of.backward_rows(of_rows, sums, mode), q, q, *ends, 64, **mode, grid=(1,)
                 )
-                for alone, mode in ((False, False), (True, False), (False, True))
+                for mode in modes
             ),
         ):
             print(made.name, len(made.asm["cubin"]), made.metadata.shared)
@@ -91,4 +99,6 @@ def test_every_kernel_compiles_for_hopper_with_and_without_bias() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     made = [line.split() for line in done.stdout.splitlines()]
     assert len(made) == 115 and min(int(size) for _, size, _ in made) > 1000
-    assert all(int(shared) <= MAX_SHARED for *_, shared in made), made
+    assert all(int(shared) <= MAX_SHARED for *_, shared in made), [
+        m for m in made if int(m[2]) > MAX_SHARED
+    ]

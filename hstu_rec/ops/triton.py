@@ -5,10 +5,7 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from triton import knobs
-from triton.runtime.driver import driver
 
 from hstu_rec.ops.reference import TIME_BUCKET_WIDTH, AttentionKind
 from hstu_rec.ops.triton_bias import (
@@ -20,17 +17,22 @@ from hstu_rec.ops.triton_bias import (
 )
 from hstu_rec.ops.triton_kernels import backward, forward
 from hstu_rec.ops.triton_layout import BlockLayout
+from hstu_rec.ops.triton_options import (
+    backward_options,
+    backward_rows,
+    forward_options,
+    forward_rows,
+    queries_options,
+    rows_of,
+)
 from hstu_rec.ops.triton_parts import Inputs
 from hstu_rec.ops.triton_repeatable import backward_queries
 
-# Products of float32 in three passes of TF32: as exact as float32's own, on the tensor cores.
-PRECISION = "tf32x3"
 # What bias by distance is for keys after the query.
 UNSEEN = -1e30
 # Rows of memory, about, that programs in turn add their gradients of the tables to.
 NUM_ROWS = 64
 LOG2_E = math.log2(math.e)
-HOPPER = 90
 LANES = POSITION_LANES.value, TIME_LANES.value
 
 
@@ -50,7 +52,7 @@ def triton_attention(
     A time difference within float32's rounding of a bucket's edge may fall to the neighbour. The last bits
     of the gradients of q and of the tables vary from run to run, unless
     torch.use_deterministic_algorithms is on; then they take another pass over the keys, and memory of a
-    row of the table's length for every `layout.block` events of a head.
+    row of the table's length for every `layout.key_block` events of a head.
     """
     if time_bias is not None and layout.then is None:
         raise ValueError("time_bias is given without timestamps; pass int64 timestamps [T] in s")
@@ -59,8 +61,8 @@ def triton_attention(
     by_bucket = None if time_bias is None else bucket_table(time_bias, unit)
     blocks = layout.query_users, layout.query_begins, layout.key_users, layout.key_begins
     times = (layout.now, layout.then) if time_bias is not None else (None, None)
-    others: Any = scale, layout.block, layout.window, layout.is_sorted
-    others = *others, position_bias is not None, kind == "softmax"
+    sizes = layout.query_block, layout.key_block, layout.window
+    others: Any = scale, *sizes, layout.is_sorted, position_bias is not None, kind == "softmax"
     where = layout.offsets, layout.num_seen
     return fused_attention(q, k, v, by_distance, by_bucket, *where, *blocks, *times, *others)[0]
 
@@ -108,13 +110,9 @@ def inputs(
     then: Tensor | None,
     **others: Any,
 ) -> Inputs:
-    """What the kernels read; rows whose entries are apart are copied."""
-    q, k, v = rows = [x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v)]
-    tables = by_distance, by_bucket
+    """What the kernels read beside the `rows_of` q, k, v."""
+    rows, tables = (q, k, v), (by_distance, by_bucket)
     return Inputs(
-        q=q,
-        k=k,
-        v=v,
         by_distance=by_distance,
         by_bucket=by_bucket,
         strides=tuple(x.stride(0) for x in rows),
@@ -128,51 +126,6 @@ def inputs(
         edges=None if now is None else _bucket_edges(q.device, now.dtype),
         **others,
     )
-
-
-def _options(x: Inputs, block: int, has_position: bool) -> dict[str, Any]:
-    """What is known when a kernel is compiled, but for the events that it meets at a time."""
-    a, v = (max(16, triton.next_power_of_2(dim)) for dim in (x.attention_dim, x.value_dim))
-    is_native = not knobs.runtime.interpret
-    return {
-        "A": a,
-        "V": v,
-        "FAST": is_native and x.q.dtype == torch.bfloat16,
-        "NATIVE": is_native,
-        "PRECISION": PRECISION,
-        "HAS_POSITION": has_position,
-        "HAS_WINDOW": x.window > 0,
-        # A tensor core takes 64 rows from four warps: eight on a block of 64 would share its columns.
-        "num_warps": 4 if block <= 64 and max(a, v) <= 128 else 8,
-    }
-
-
-def forward_options(x: Inputs, block: int, has_position: bool) -> dict[str, Any]:
-    """What `forward` is compiled with: narrow heads leave room for two programs on a processor."""
-    known = _options(x, block, has_position)
-    step = 32 if max(known["A"], known["V"]) <= 64 else 64
-    return {**known, "M": block, "N": min(block, step), "num_stages": 3}
-
-
-def backward_options(x: Inputs, block: int, has_position: bool) -> dict[str, Any]:
-    """What `backward` is compiled with: fewer queries at a time where width and times need the registers.
-
-    Other numbers of stages read out of range in triton 3.6, as the kernel that it is compared with does.
-    """
-    known = _options(x, block, has_position)
-    width = max(known["A"], known["V"])
-    step = min(block, 32 if width > 128 or (width > 64 and x.by_bucket is not None) else 64)
-    is_once = adds_once(x.q.dtype, block, step, known["num_warps"])
-    return {**known, "M": step, "N": block, "ONCE": is_once, "num_stages": 2}
-
-
-def adds_once(dtype: torch.dtype, block: int, step: int, num_warps: int) -> bool:
-    """Whether the warps share out a product's result, as Hopper's do of rows enough; else some hold the same,
-    and to add it to memory is left to Triton."""
-    target: Any = None if knobs.runtime.interpret else driver.active.get_current_target()
-    is_hopper = target is not None and target.arch == HOPPER
-    is_whole = block >= max(16 * num_warps, 64) and step >= 32
-    return is_hopper and dtype != torch.float32 and is_whole
 
 
 @torch.library.custom_op("hstu_rec::fused_attention", mutates_args=())
@@ -191,7 +144,8 @@ def fused_attention(
     now: Tensor | None,
     then: Tensor | None,
     scale: float,
-    block: int,
+    query_block: int,
+    key_block: int,
     window: int,
     is_sorted: bool,
     has_position: bool,
@@ -201,14 +155,17 @@ def fused_attention(
     scores to base 2, float32 [T, H], empty for silu."""
     out = v.new_empty(v.shape)
     logsumexp = q.new_empty(q.shape[:2] if is_softmax else 0, dtype=torch.float32)
+    q, k, v = rows = rows_of(q, k, v)
     x = inputs(
         q, k, v, by_distance, by_bucket, now, then, offsets=offsets, num_seen=num_seen, window=window,
         is_sorted=int(is_sorted),
-        users=query_users, begins=query_begins, scale=scale,
-        grad_out=None, delta=None, logsumexp=logsumexp if is_softmax else None,
+        users=query_users, begins=query_begins, scale=scale, delta=None,
+        logsumexp=logsumexp if is_softmax else None,
     )  # fmt: skip
     if num_programs := len(query_users) * x.num_heads:
-        forward[(num_programs,)](x, out, **forward_options(x, block, has_position))
+        options = forward_options(x, rows, query_block, has_position)
+        arguments: Any = (*forward_rows(rows, options), out)
+        forward[(num_programs,)](x, *arguments, **options)
     return out, logsumexp
 
 
@@ -231,7 +188,8 @@ def fused_attention_backward(
     now: Tensor | None,
     then: Tensor | None,
     scale: float,
-    block: int,
+    query_block: int,
+    key_block: int,
     window: int,
     is_sorted: bool,
     has_position: bool,
@@ -242,30 +200,29 @@ def fused_attention_backward(
     `out` and `logsumexp` of forward are read for softmax alone.
     """
     delta = (grad_out.float() * out.float()).sum(-1) if is_softmax else None
+    q, k, v, grad_out = rows = [*rows_of(q, k, v), grad_out.contiguous()]
     x = inputs(
         q, k, v, by_distance, by_bucket, now, then, offsets=offsets, num_seen=num_seen, window=window,
         is_sorted=int(is_sorted),
-        users=key_users, begins=key_begins, scale=scale,
-        grad_out=grad_out.contiguous(), delta=delta, logsumexp=logsumexp if is_softmax else None,
+        users=key_users, begins=key_begins, scale=scale, delta=delta,
+        logsumexp=logsumexp if is_softmax else None,
     )  # fmt: skip
     is_repeatable = torch.are_deterministic_algorithms_enabled()
-    num_programs = len(query_users) * x.num_heads
+    num_programs = len(key_users) * x.num_heads
     sums, num_rows = table_sums(x, has_position, num_programs if is_repeatable else None)
     # Histories of one block have all keys of a query in one program.
-    is_alone = by_distance.shape[1] - 2 * NUM_BEFORE.value <= block
+    is_alone = by_distance.shape[1] - 2 * NUM_BEFORE.value <= key_block
     is_summed = not (is_repeatable or is_alone)
     grad_q = q.new_zeros(q.shape, dtype=torch.float32 if is_summed else q.dtype)
     grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)
     if num_programs:
         grid, ends = (num_programs,), (*sums, sums[0].shape[-1])
-        options = backward_options(x, block, has_position)
+        options = backward_options(x, rows, key_block, has_position, is_alone, is_repeatable)
         if is_repeatable:
-            own: dict[str, Any] = {n: options[n] for n in options if n not in ("M", "ONCE")}
-            own["num_stages"] = 1
-            of_queries = x._replace(users=query_users, begins=query_begins)
-            backward_queries[grid](of_queries, grad_q, *ends, **own)
-        mode: dict[str, Any] = {**options, "IS_ALONE": is_alone, "IS_REPEATABLE": is_repeatable}
-        backward[grid](x, grad_q, grad_k, grad_v, *ends, num_rows, **mode)
+            own: Any = (*rows, grad_q, *ends)
+            backward_queries[grid](x, *own, **queries_options(options))
+        arguments: Any = (*backward_rows(rows, grad_q, options), grad_k, grad_v, *ends, num_rows)
+        backward[grid](x, *arguments, **options)
     # The kernels' sums are of gradients of q k^T; softmax's tables have another unit.
     unit = 1 / (LOG2_E * scale) if is_softmax else 1.0
     of_distance, of_bucket = (

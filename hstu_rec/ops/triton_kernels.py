@@ -49,14 +49,14 @@ from hstu_rec.ops.triton_parts import (
 
 @triton.jit
 def _forward_tile(
-    x, place, num_seen, q, now, is_far, buckets, rows, start, mixed, total, top,
-    A: tl.constexpr, V: tl.constexpr, N: tl.constexpr, FAST: tl.constexpr,
-    NATIVE: tl.constexpr, PRECISION: tl.constexpr, IS_LOOKED_UP: tl.constexpr, CAN_BE_FAR: tl.constexpr,
+    x, keys, place, num_seen, q, now, is_far, buckets, rows, start, mixed, total, top,
+    A: tl.constexpr, V: tl.constexpr, N: tl.constexpr, FAST: tl.constexpr, NATIVE: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, IS_LOOKED_UP: tl.constexpr, CAN_BE_FAR: tl.constexpr,
 ):  # fmt: skip
     """(mixed, total, top) with the keys of a tile."""
     head = place[0]
     columns = start + tl.arange(0, N)
-    k, v = load_keys(x, place, columns, A, V)
+    k, v = load_keys(x, keys, place, start, A, V, N, TMA)
     distance = distances(x, rows[:, None], columns[None, :], num_seen)
     bias = position_bias(x, head, distance, IS_LOOKED_UP, NATIVE)
     if x.by_bucket is not None:
@@ -82,23 +82,16 @@ def _forward_tile(
 
 @triton.jit
 def forward(
-    x: "Any",
-    out: "Any",
-    A: tl.constexpr,
-    V: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    FAST: tl.constexpr,
-    NATIVE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_POSITION: tl.constexpr,
+    x: "Any", q: "Any", k: "Any", v: "Any", out: "Any",
+    A: tl.constexpr, V: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FAST: tl.constexpr,
+    NATIVE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, HAS_POSITION: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Attention of a block of M queries, to `out` [T, H, V]; for softmax, also x.logsumexp, in base 2."""
     place, num_seen, begin, rows = place_of(x, M)
     head, first, length = place
-    q = load_rows(x.q, x.strides[0], x.head_strides[0], place, rows, x.attention_dim, A)
-    now, ends, keys, buckets = rows, 0, 0, 0
+    q = load_rows(q, x.strides[0], x.head_strides[0], place, begin, x.attention_dim, M, A, TMA)
+    now, ends, key_ends, buckets = rows, 0, 0, 0
     if x.by_bucket is not None:
         now = load_times(x.now, place, rows)
         ends, buckets = time_ends(x.now, place, begin, M), no_buckets(x)
@@ -109,21 +102,21 @@ def forward(
     if HAS_WINDOW:
         oldest = tl.maximum(tl.minimum(begin, num_seen) - x.window + 1, 0) // N * N
     if x.by_bucket is not None:
-        keys = time_ends(x.then, place, oldest, N)
+        key_ends = time_ends(x.then, place, oldest, N)
     # Candidates are seen by themselves alone, on the diagonal.
     for start in range(oldest, tl.minimum(begin, num_seen), N):
         is_far = False
         if x.by_bucket is not None:
-            is_far, _, buckets = tile_buckets(x, head, buckets, ends, keys, NATIVE)
-            keys = time_ends(x.then, place, start + N, N)  # a tile early, so that nothing waits
+            is_far, _, buckets = tile_buckets(x, head, buckets, ends, key_ends, NATIVE)
+            key_ends = time_ends(x.then, place, start + N, N)  # a tile early, so that nothing waits
         mixed, total, top = _forward_tile(
-            x, place, num_seen, q, now, is_far, buckets, rows, start, mixed, total, top, A, V, N, FAST,
-            NATIVE, PRECISION, HAS_POSITION or HAS_WINDOW or x.num_seen is not None, True,
+            x, (k, v), place, num_seen, q, now, is_far, buckets, rows, start, mixed, total, top, A, V, N,
+            FAST, NATIVE, TMA, PRECISION, HAS_POSITION or HAS_WINDOW or x.num_seen is not None, True,
         )  # fmt: skip
     for start in range(begin, tl.minimum(begin + M, length), N):
         mixed, total, top = _forward_tile(
-            x, place, num_seen, q, now, False, buckets, rows, start, mixed, total, top, A, V, N, FAST,
-            NATIVE, PRECISION, True, False,
+            x, (k, v), place, num_seen, q, now, False, buckets, rows, start, mixed, total, top, A, V, N,
+            FAST, NATIVE, TMA, PRECISION, True, False,
         )  # fmt: skip
     if x.logsumexp is not None:
         mixed /= total[:, None]
@@ -135,21 +128,48 @@ def forward(
 
 
 @triton.jit
+def _add_query_grads(
+    x, place, start, k, grads, grad_q,
+    A: tl.constexpr, M: tl.constexpr, TMA_SUM: tl.constexpr, PRECISION: tl.constexpr,
+    IS_ALONE: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile's [keys, queries] gradients times its keys to memory, or writes them."""
+    if M < 64:
+        # As its transpose, whose 64 rows or more the tensor cores of Hopper take at once.
+        grads_q = tl.trans(tl.dot(tl.trans(k), grads, input_precision=PRECISION))
+    else:
+        grads_q = tl.dot(tl.trans(grads), k, input_precision=PRECISION)
+    if TMA_SUM and not IS_ALONE:
+        # Beyond the user's length it adds 0.
+        head, first, _length = place
+        grad_q.atomic_add([(first + start).to(tl.int32), head * A], grads_q)
+    else:
+        rows = start + tl.arange(0, M)
+        at, is_inside = row_addresses(grad_q, x.num_heads, place, rows, x.attention_dim, A)
+        if IS_ALONE:
+            tl.store(at, grads_q.to(grad_q.dtype.element_ty), mask=is_inside)
+        else:
+            tl.atomic_add(at, grads_q, mask=is_inside, sem="relaxed")
+
+
+@triton.jit
 def _backward_tile(
-    x, place, num_seen, k, v, then, is_far, most, buckets, sums, columns, start, grads_k, grads_v, grad_q,
-    by_distance, num_distances, by_bucket,
+    x, queries, place, num_seen, k, v, then, is_far, most, buckets, sums, columns, start, grads_k, grads_v,
+    grad_q, by_distance, num_distances, by_bucket,
     A: tl.constexpr, V: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FAST: tl.constexpr,
-    NATIVE: tl.constexpr, ONCE: tl.constexpr, PRECISION: tl.constexpr, IS_LOOKED_UP: tl.constexpr,
-    CAN_BE_FAR: tl.constexpr, HAS_POSITION: tl.constexpr, IS_ALONE: tl.constexpr,
-    IS_REPEATABLE: tl.constexpr,
+    NATIVE: tl.constexpr, TMA: tl.constexpr, TMA_SUM: tl.constexpr, ONCE: tl.constexpr,
+    PRECISION: tl.constexpr, IS_LOOKED_UP: tl.constexpr, CAN_BE_FAR: tl.constexpr,
+    HAS_POSITION: tl.constexpr, IS_ALONE: tl.constexpr, IS_REPEATABLE: tl.constexpr,
 ):  # fmt: skip
     """(grads_k, grads_v, sums) with a tile's queries; the rest is added to memory. Tiles are
     [keys, queries]."""
-    head = place[0]
+    head, _first, length = place
     rows = start + tl.arange(0, M)
-    q, grad_out, logsumexp, delta, now = load_queries(x, place, rows, A, V)
+    q, grad_out, logsumexp, delta, now = load_queries(x, queries, place, start, A, V, M, TMA)
     distance = distances(x, rows[None, :], columns[:, None], num_seen)
     bias = position_bias(x, head, distance, IS_LOOKED_UP, NATIVE)
+    if TMA:
+        bias += tl.where(rows < length, 0.0, -1e30)[None, :]  # those of the next user
     later, earlier = now, then
     if x.by_bucket is not None:
         later, earlier = now[None, :], then[:, None]
@@ -182,16 +202,7 @@ def _backward_tile(
     narrow = grads.to(k.dtype)
     grads_k = tl.dot(narrow, q, acc=grads_k, input_precision=PRECISION)
     if not IS_REPEATABLE:
-        if M < 64:
-            # As its transpose, whose 64 rows or more the tensor cores of Hopper take at once.
-            grads_q = tl.trans(tl.dot(tl.trans(k), narrow, input_precision=PRECISION))
-        else:
-            grads_q = tl.dot(tl.trans(narrow), k, input_precision=PRECISION)
-        at, is_inside = row_addresses(grad_q, x.num_heads, place, rows, x.attention_dim, A)
-        if IS_ALONE:
-            tl.store(at, grads_q.to(grad_q.dtype.element_ty), mask=is_inside)
-        else:
-            tl.atomic_add(at, grads_q, mask=is_inside, sem="relaxed")
+        _add_query_grads(x, place, start, k, narrow, grad_q, A, M, TMA_SUM, PRECISION, IS_ALONE)
     return grads_k, grads_v, sums
 
 
@@ -211,19 +222,23 @@ def _last_query(x, place, num_seen, begin, N: tl.constexpr, HAS_WINDOW: tl.const
 
 @triton.jit
 def backward(
-    x: "Any", grad_q: "Any", grad_k: "Any", grad_v: "Any", grad_distance: "Any", grad_bucket: "Any",
-    num_distances: "Any", num_rows: "Any",
+    x: "Any", q: "Any", k: "Any", v: "Any", grad_out: "Any", grad_q: "Any", grad_k: "Any", grad_v: "Any",
+    grad_distance: "Any", grad_bucket: "Any", num_distances: "Any", num_rows: "Any",
     A: tl.constexpr, V: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FAST: tl.constexpr,
-    NATIVE: tl.constexpr, ONCE: tl.constexpr, PRECISION: tl.constexpr, HAS_POSITION: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, IS_ALONE: tl.constexpr, IS_REPEATABLE: tl.constexpr,
+    NATIVE: tl.constexpr, TMA: tl.constexpr, TMA_SUM: tl.constexpr, ONCE: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    IS_ALONE: tl.constexpr, IS_REPEATABLE: tl.constexpr,
 ) -> None:  # fmt: skip
     """Gradients of a block of N keys and their values, and what it adds to those of queries and tables:
     float32 [T, H, A] (IS_ALONE: writes, where no history has another block), and the lanes of a row of
-    [rows, POSITION_LANES, num_distances] and [rows, TIME_LANES, HISTOGRAM], rows in turn a head's."""
+    [rows, POSITION_LANES, num_distances] and [rows, TIME_LANES, HISTOGRAM], rows in turn a head's.
+
+    TMA: q, k, v, grad_out are descriptors. TMA_SUM: grad_q is, unless IS_ALONE or IS_REPEATABLE.
+    """
     place, num_seen, begin, columns = place_of(x, N)
     head, _first, length = place
-    k, v = load_keys(x, place, columns, A, V)
-    then, ends, queries, buckets = columns, 0, 0, 0
+    k, v = load_keys(x, (k, v), place, begin, A, V, N, TMA)
+    then, ends, query_ends, buckets = columns, 0, 0, 0
     if x.by_bucket is not None:
         then = load_times(x.then, place, columns)
         ends, buckets = time_ends(x.then, place, begin, N), no_buckets(x)
@@ -235,27 +250,27 @@ def backward(
     grads_v = tl.zeros([N, V], dtype=tl.float32)
     for start in range(begin, tl.minimum(begin + N, length), M):
         grads_k, grads_v, sums = _backward_tile(
-            x, place, num_seen, k, v, then, False, 0, buckets, sums, columns, start, grads_k, grads_v,
-            grad_q, by_distance, num_distances, by_bucket, A, V, M, N, FAST, NATIVE, ONCE, PRECISION,
-            True, False, HAS_POSITION, IS_ALONE, IS_REPEATABLE,
+            x, (q, grad_out), place, num_seen, k, v, then, False, 0, buckets, sums, columns, start, grads_k,
+            grads_v, grad_q, by_distance, num_distances, by_bucket, A, V, M, N, FAST, NATIVE, TMA,
+            TMA_SUM, ONCE, PRECISION, True, False, HAS_POSITION, IS_ALONE, IS_REPEATABLE,
         )  # fmt: skip
     end = _last_query(x, place, num_seen, begin, N, HAS_WINDOW)
     if x.by_bucket is not None:
-        queries = time_ends(x.now, place, begin + N, M)
+        query_ends = time_ends(x.now, place, begin + N, M)
     for start in range(begin + N, end, M):
         is_far, most = False, 0
         if x.by_bucket is not None:
-            is_far, most, held = tile_buckets(x, head, buckets, queries, ends, NATIVE)
-            queries = time_ends(x.now, place, start + M, M)
+            is_far, most, held = tile_buckets(x, head, buckets, query_ends, ends, NATIVE)
+            query_ends = time_ends(x.now, place, start + M, M)
             if held[0] != buckets[0]:
                 add_sums(by_bucket, sums, buckets, N, IS_REPEATABLE)
                 sums = no_sums(N)
             buckets = held
         grads_k, grads_v, sums = _backward_tile(
-            x, place, num_seen, k, v, then, is_far, most, buckets, sums, columns, start, grads_k, grads_v,
-            grad_q, by_distance, num_distances, by_bucket, A, V, M, N, FAST, NATIVE, ONCE, PRECISION,
-            HAS_POSITION or HAS_WINDOW or x.num_seen is not None, True, HAS_POSITION, IS_ALONE,
-            IS_REPEATABLE,
+            x, (q, grad_out), place, num_seen, k, v, then, is_far, most, buckets, sums, columns, start,
+            grads_k, grads_v, grad_q, by_distance, num_distances, by_bucket, A, V, M, N, FAST, NATIVE, TMA,
+            TMA_SUM, ONCE, PRECISION, HAS_POSITION or HAS_WINDOW or x.num_seen is not None, True,
+            HAS_POSITION, IS_ALONE, IS_REPEATABLE,
         )  # fmt: skip
     if x.by_bucket is not None:
         add_sums(by_bucket, sums, buckets, N, IS_REPEATABLE)

@@ -12,12 +12,12 @@ from hstu_rec.ops.triton_bias import load_times
 
 
 class Inputs(NamedTuple):
-    """What every kernel reads. Tensors are pointers there, and None is known when it is compiled."""
+    """What every kernel reads beside rows. Tensors are pointers there, and None is known when it is compiled.
 
-    q: Any  # [T, H, A], the last dimension contiguous
-    k: Any
-    v: Any  # [T, H, V]
-    grad_out: Any  # [T, H, V] contiguous; None in forward
+    Rows of q, k [T, H, A], v and grad_out [T, H, V] are arguments of their own, because Triton takes
+    descriptors nowhere else.
+    """
+
     logsumexp: Any  # float32 [T, H] of the scores, which forward writes; None for silu
     delta: Any  # float32 [T, H], sum of out * grad_out; None in forward and for silu
     offsets: Any
@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
     then: Any  # the same of the events themselves
     by_distance: Any  # float32 [1 or H, NUM_BEFORE + longest + NUM_BEFORE]
     by_bucket: Any  # float32 [1 or H, NUM_BUCKETS]; None without time bias
-    strides: Any  # of an event in q, k, v
+    strides: Any  # of an event in q, k, v, whose last dimension is contiguous
     head_strides: Any  # of a head in q, k, v
     table_strides: Any  # of a head in by_distance, by_bucket; 0 where heads share a table
     window: Any  # newest events that a query sees, with HAS_WINDOW
@@ -71,20 +71,29 @@ def distances(x: "Any", rows: "Any", columns: "Any", num_seen: "Any") -> "Any":
 
 @triton.jit
 def load_rows(
-    tensor: "Any",
+    rows: "Any",
     stride: "Any",
     head_stride: "Any",
     place: "Any",
-    events: "Any",
+    start: "Any",
     width: "Any",
+    N: tl.constexpr,
     W: tl.constexpr,
+    TMA: tl.constexpr,
 ) -> "Any":
-    """[N, W]: events of this program's user and head, 0 beyond its length and `width`."""
+    """[N, W]: events of this program's user and head from `start` on, 0 beyond its length and `width`.
+
+    TMA: `rows` is a descriptor; beyond the user's length are rows of others, to be hidden.
+    """
     head, first, length = place
-    column = tl.arange(0, W)
-    at = (first + events).to(tl.int64)[:, None] * stride + head * head_stride + column[None, :]
-    is_inside = (events[:, None] < length) & (column[None, :] < width)
-    return tl.load(tensor + at, mask=is_inside, other=0.0)
+    if TMA:
+        tile = rows.load([(first + start).to(tl.int32), head * head_stride])
+    else:
+        events, column = start + tl.arange(0, N), tl.arange(0, W)
+        at = (first + events).to(tl.int64)[:, None] * stride + head * head_stride + column[None, :]
+        is_inside = (events[:, None] < length) & (column[None, :] < width)
+        tile = tl.load(rows + at, mask=is_inside, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -149,20 +158,32 @@ def weights_and_grads(
 
 
 @triton.jit
-def load_keys(x: "Any", place: "Any", columns: "Any", A: tl.constexpr, V: tl.constexpr) -> "Any":
-    """(k, v) of a block of keys."""
-    k = load_rows(x.k, x.strides[1], x.head_strides[1], place, columns, x.attention_dim, A)
-    v = load_rows(x.v, x.strides[2], x.head_strides[2], place, columns, x.value_dim, V)
+def load_keys(
+    x: "Any", keys: "Any", place: "Any", start: "Any",
+    A: tl.constexpr, V: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
+) -> "Any":  # fmt: skip
+    """(k, v) of N keys from `start` on; `keys` are their rows."""
+    k = load_rows(
+        keys[0], x.strides[1], x.head_strides[1], place, start, x.attention_dim, N, A, TMA
+    )
+    v = load_rows(keys[1], x.strides[2], x.head_strides[2], place, start, x.value_dim, N, V, TMA)
     return k, v
 
 
 @triton.jit
-def load_queries(x: "Any", place: "Any", rows: "Any", A: tl.constexpr, V: tl.constexpr) -> "Any":
-    """(q, grad_out, logsumexp, delta, now) of a block of queries; what is not there means nothing."""
+def load_queries(
+    x: "Any", queries: "Any", place: "Any", start: "Any",
+    A: tl.constexpr, V: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
+) -> "Any":  # fmt: skip
+    """(q, grad_out, logsumexp, delta, now) of N queries from `start` on, whose rows are `queries`; what is
+    not there means nothing."""
     head, first, length = place
-    q = load_rows(x.q, x.strides[0], x.head_strides[0], place, rows, x.attention_dim, A)
+    rows = start + tl.arange(0, N)
+    q = load_rows(
+        queries[0], x.strides[0], x.head_strides[0], place, start, x.attention_dim, N, A, TMA
+    )
     stride = x.num_heads * x.value_dim
-    grad_out = load_rows(x.grad_out, stride, x.value_dim, place, rows, x.value_dim, V)
+    grad_out = load_rows(queries[1], stride, x.value_dim, place, start, x.value_dim, N, V, TMA)
     logsumexp, delta, now = rows, rows, rows
     if x.logsumexp is not None:
         at = (first + rows) * x.num_heads + head

@@ -69,6 +69,10 @@ def _add_time_grads(histogram, grads, buckets, is_seen):
 @triton.jit
 def backward_queries(
     x: "Any",
+    q: "Any",
+    k: "Any",
+    v: "Any",
+    grad_out: "Any",
     grad_q: "Any",
     grad_distance: "Any",
     grad_bucket: "Any",
@@ -85,24 +89,25 @@ def backward_queries(
     """Gradients of a block of N queries, and of the tables, a row of each for every program."""
     place, num_seen, begin, rows = place_of(x, N)
     head, _first, length = place
-    q, grad_out, logsumexp, delta, now = load_queries(x, place, rows, A, V)
+    queries = load_queries(x, (q, grad_out), place, begin, A, V, N, False)
+    query, out_grads, logsumexp, delta, now = queries
     if x.logsumexp is not None:
         logsumexp, delta = logsumexp[:, None], delta[:, None]
     grads_q = tl.zeros([N, A], dtype=tl.float32)
     histogram = tl.zeros([HISTOGRAM], dtype=tl.float32)
     for start in range(0, begin + N, N):
         columns = start + tl.arange(0, N)
-        k, v = load_keys(x, place, columns, A, V)
+        key, value = load_keys(x, (k, v), place, start, A, V, N, False)
         distance = distances(x, rows[:, None], columns[None, :], num_seen)
         bias, buckets = position_bias(x, head, distance, True, NATIVE), distance
         if x.by_bucket is not None:
             seconds = now[:, None] - load_times(x.then, place, columns)[None, :]
             buckets = time_buckets(seconds.to(tl.float32), NATIVE)
             bias += bucket_bias(x, head, buckets, NATIVE)
-        scores = score(x, q, tl.trans(k), bias, PRECISION)
-        grads = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+        scores = score(x, query, tl.trans(key), bias, PRECISION)
+        grads = tl.dot(out_grads, tl.trans(value), input_precision=PRECISION)
         _, grads = weights_and_grads(x, scores, grads, logsumexp, delta, FAST)
-        grads_q = tl.dot(grads.to(k.dtype), k, acc=grads_q, input_precision=PRECISION)
+        grads_q = tl.dot(grads.to(key.dtype), key, acc=grads_q, input_precision=PRECISION)
         if HAS_POSITION:
             row = grad_distance + tl.program_id(0).to(tl.int64) * num_distances
             of_events = grads

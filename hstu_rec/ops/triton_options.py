@@ -1,0 +1,142 @@
+"""How the kernels of `hstu_rec.ops.triton` are compiled, and in which form they are given their rows."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from hstu_rec.ops.triton_parts import Inputs
+
+# Products of float32 in three passes of TF32: as exact as float32's own, on the tensor cores.
+PRECISION = "tf32x3"
+HOPPER = 90
+
+
+def rows_of(*tensors: Tensor) -> list[Tensor]:
+    """Tensors [T, H, W] as kernels read them; where a row's entries are apart they are copied."""
+    return [x if x.stride(2) == 1 else x.contiguous() for x in tensors]
+
+
+def takes_tma(rows: list[Tensor]) -> bool:
+    """Whether Hopper's tensor memory accelerator brings tiles of such rows: aligned, whole powers of two."""
+    return (
+        _is_hopper()
+        and rows[0].dtype != torch.float32
+        and all(x.shape[2] == _padded(x.shape[2]) and x.data_ptr() % 16 == 0 for x in rows)
+        and all(s > 0 and s * x.element_size() % 16 == 0 for x in rows for s in x.stride()[:2])
+    )
+
+
+def forward_rows(rows: list[Tensor], options: dict[str, Any]) -> Any:
+    """`forward`'s arguments for q, k, v."""
+    sizes = options["M"], options["N"], options["N"]
+    return [_described(*each) for each in zip(rows, sizes, strict=True)] if options["TMA"] else rows
+
+
+def backward_rows(rows: list[Tensor], grad_q: Tensor, options: dict[str, Any]) -> Any:
+    """`backward`'s arguments for q, k, v, grad_out and the gradient of q."""
+    sizes = options["M"], options["N"], options["N"], options["M"]
+    is_summed = options["TMA_SUM"] and not (options["IS_ALONE"] or options["IS_REPEATABLE"])
+    own = _described(grad_q, options["M"]) if is_summed else grad_q
+    if not options["TMA"]:
+        return [*rows, own]
+    return [*(_described(*each) for each in zip(rows, sizes, strict=True)), own]
+
+
+def _described(x: Tensor, size: int) -> TensorDescriptor:
+    """Rows [T, H, W] that are read or written by so many events at a time."""
+    shape = [len(x), (x.shape[1] - 1) * x.stride(1) + x.shape[2]]
+    return TensorDescriptor(x, shape, [x.stride(0), 1], [size, x.shape[2]])
+
+
+def _padded(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _is_hopper() -> bool:
+    """Whether kernels are compiled for it."""
+    target: Any = None if knobs.runtime.interpret else driver.active.get_current_target()
+    return target is not None and target.arch == HOPPER
+
+
+def _options(x: Inputs, dtype: torch.dtype, block: int, has_position: bool) -> dict[str, Any]:
+    """What is known when a kernel is compiled, but for the events that it meets at a time."""
+    a, v = (_padded(dim) for dim in (x.attention_dim, x.value_dim))
+    is_native = not knobs.runtime.interpret
+    return {
+        "A": a,
+        "V": v,
+        "FAST": is_native and dtype == torch.bfloat16,
+        "NATIVE": is_native,
+        "PRECISION": PRECISION,
+        "HAS_POSITION": has_position,
+        "HAS_WINDOW": x.window > 0,
+        # A tensor core takes 64 rows from four warps: eight on a block of 64 would share its columns.
+        "num_warps": 4 if block <= 64 and max(a, v) <= 128 else 8,
+    }
+
+
+def forward_options(
+    x: Inputs, rows: list[Tensor], block: int, has_position: bool
+) -> dict[str, Any]:
+    """What `forward` is compiled with: narrow heads leave room for two programs on a processor; keys of few
+    instructions come a few at a time, so that more of them are on their way."""
+    known = _options(x, rows[0].dtype, block, has_position)
+    width, has_tma = max(known["A"], known["V"]), takes_tma(rows)
+    if not has_tma:
+        step, num_stages = 64 if width == 128 else 32, 3
+    elif x.by_bucket is not None:
+        step, num_stages = 64, 3 if width <= 128 else 2
+    else:
+        step, num_stages = (64 if width <= 64 else 32), 4 if width <= 128 else 3
+    own = {"M": block, "N": min(block, step), "num_stages": num_stages, "TMA": has_tma}
+    return {**known, **own}
+
+
+def backward_options(
+    x: Inputs,
+    rows: list[Tensor],
+    block: int,
+    has_position: bool,
+    is_alone: bool = False,
+    is_repeatable: bool = False,
+) -> dict[str, Any]:
+    """What `backward` is compiled with: fewer queries at a time where width and times need the registers.
+
+    With times, heads of 128 spill more registers when TMA brings the rows (280 bytes a thread, 72 without:
+    13.5 ms and 10.0). Without it other numbers of stages read out of range in triton 3.6, as the kernel that
+    it is compared with does.
+    """
+    dtype = rows[0].dtype
+    known = _options(x, dtype, block, has_position)
+    width, can_tma = max(known["A"], known["V"]), takes_tma(rows)
+    has_tma = can_tma and (width != 128 or x.by_bucket is None)
+    is_narrow = width > 128 or (width > 64 and (has_tma or x.by_bucket is not None))
+    step, num_stages = min(block, 32 if is_narrow else 64), 3 if has_tma else 2
+    return {
+        **known,
+        "M": step,
+        "N": block,
+        "TMA": has_tma,
+        "TMA_SUM": can_tma and width > 64,
+        "ONCE": adds_once(dtype, block, step, known["num_warps"]),
+        "IS_ALONE": is_alone,
+        "IS_REPEATABLE": is_repeatable,
+        "num_stages": num_stages,
+    }
+
+
+def queries_options(of_backward: dict[str, Any]) -> dict[str, Any]:
+    """What `backward_queries` is compiled with."""
+    others = {"M", "TMA", "TMA_SUM", "ONCE", "IS_ALONE", "IS_REPEATABLE"}
+    return {n: v for n, v in of_backward.items() if n not in others} | {"num_stages": 1}
+
+
+def adds_once(dtype: torch.dtype, block: int, step: int, num_warps: int) -> bool:
+    """Whether the warps share out a product's result, as Hopper's do of rows enough; else some hold the same,
+    and to add it to memory is left to Triton."""
+    is_whole = block >= max(16 * num_warps, 64) and step >= 32
+    return _is_hopper() and dtype != torch.float32 and is_whole
