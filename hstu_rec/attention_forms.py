@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hstu_rec.distributed import on_device
 from hstu_rec.ops import NUM_TIME_BUCKETS, jagged_attention, jagged_layout, time_bucket
 
 
@@ -134,6 +135,25 @@ def padded_attention(
     weights = torch.nn.functional.silu(scores) / longest
     weights = weights * (distance >= 0)
     return torch.einsum("bhnm,bmhd->bnhd", weights, v)
+
+
+@dataclass(frozen=True)
+class PaddedLayout:
+    """Histories at the longest, whose scores and bias are held whole."""
+
+    longest: int
+    times: Tensor  # int64 [B, N] in s
+    num_targets: Tensor | None = None
+
+    def to(self, device: torch.device) -> "PaddedLayout":
+        """The layout on `device`."""
+        return on_device(self, device)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
+        """Attention of [B * N, H, D] with both tables of bias."""
+        q, k, v = (x.unflatten(0, (-1, self.longest)) for x in (q, k, v))
+        tables = [settings[name].to(q.dtype) for name in ("position_bias", "time_bias")]
+        return padded_attention(q, k, v, self.times, tables).flatten(0, 1)
 
 
 def varlen_softmax(batch: Batch) -> Attention:

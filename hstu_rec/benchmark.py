@@ -9,8 +9,10 @@ from datetime import date
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hstu_rec import distributed
+from hstu_rec.attention_forms import PaddedLayout
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.data.dataset import Dataset
@@ -73,18 +75,34 @@ def step_times(learner: Learner, epoch: int, num_steps: int, before: int = 0) ->
     return times
 
 
+def hold_scores(offsets: Tensor, times: Tensor, _later: Tensor, **_options: Any) -> PaddedLayout:
+    """In place of `HSTUEncoder.layout`, for histories of one length: scores and bias are held whole."""
+    longest = int(offsets[1])
+    return PaddedLayout(longest, times.view(-1, longest))
+
+
 def compare_steps(config: RunConfig, device: torch.device) -> Iterator[str]:
-    """Lines of a table: the median step on jagged histories, and on padded ones. Collective."""
-    medians, dataset = {}, Dataset(config.data.path)
-    for name, stream in (("jagged", TrainStream), ("padded", PaddedStream)):
+    """Lines of a table: the median step on jagged histories, on padded ones, and on padded ones whose scores
+    and bias are held whole, as HSTU is mostly written; that for layers with both biases. Collective."""
+    medians, dataset, layers = {}, Dataset(config.data.path), config.encoder
+    forms = {"jagged": TrainStream, "padded": PaddedStream}
+    if layers.attention == "silu" and layers.use_position_bias and layers.use_time_bias:
+        forms["padded, held"] = PaddedStream
+    for name, stream in forms.items():
+        if name == "padded, held":
+            train = replace(config.train, cuda_graphs=False, compile=False)
+            config = replace(config, train=train)
         learner = Learner(config, dataset, device, stream)
+        if name == "padded, held":
+            encoder: Any = learner.encoder
+            encoder.layout = hold_scores
         learner.begin()
         num_steps = min(NUM_STEPS, learner.stream.num_steps(0))
         times = step_times(learner, 0, num_steps)
         times = times[min(NUM_WARM_UP_STEPS, num_steps - 1) :]
         medians[name] = statistics.median(times)
         ratio = f"  ({medians[name] / medians['jagged']:.1f} times)" if len(medians) > 1 else ""
-        yield f"{name}  {medians[name] * 1e3:8.1f} ms a step{ratio}"
+        yield f"{name:12s} {medians[name] * 1e3:9.2f} ms a step{ratio}"
 
 
 def figures_by_epoch(config: RunConfig, device: torch.device) -> Iterator[str]:

@@ -95,6 +95,8 @@ class TrainConfig:
     cuda_graphs: bool = False
     """Replays the dense part of a step as a CUDA graph, for small models, which wait for the host; one
     process. A graph is captured for each size of batch: the first steps are slow."""
+    compile: bool = False
+    """torch.compile of the layers but for attention, for wide models; the first step takes a minute."""
     resume: str = "none"
     """none, auto (newest complete checkpoint of train.run_dir), or a checkpoint folder."""
     run_dir: str = ""
@@ -117,6 +119,10 @@ class TrainConfig:
             found.append(f"seed must be in 0..{2**32 - 1}; got {self.seed}")
         if self.resume == "auto" and not self.run_dir:
             found.append("resume 'auto' needs train.run_dir, the folder of the run to go on with")
+        if self.cuda_graphs and self.compile:
+            found.append(
+                "cuda_graphs is for small models, compile for wide ones; set one of them to false"
+            )
         return found
 
 

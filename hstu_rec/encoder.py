@@ -4,8 +4,9 @@ With `attention="softmax"`, `use_gate=False` and an FFN the same encoder is SASR
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -249,10 +250,7 @@ class HSTULayer(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor, layout: JaggedLayout) -> Tensor:
         """x [T, D] to [T, D]; see `HSTUEncoder.forward`."""
-        projected = self.project(self.input_norm(x))
-        if self.use_gate:
-            projected = nn.functional.silu(projected)
-        v, q, k, *gate = projected.split(self.widths, dim=-1)
+        v, q, k, *gate = self.before(x).split(self.widths, dim=-1)
         attended = jagged_attention(
             q.unflatten(-1, (self.num_heads, self.attention_dim)),
             k.unflatten(-1, (self.num_heads, self.attention_dim)),
@@ -264,8 +262,17 @@ class HSTULayer(nn.Module):
             time_bias=self.time_bias,
             layout=layout,
         ).flatten(1)
-        if self.use_gate:
-            x = x + self.output(self.dropout(self.attention_norm(attended) * gate[0]))
+        return self.after(x, attended, *gate)
+
+    def before(self, x: Tensor) -> Tensor:
+        """x [T, D] to v, q, k and u side by side [T, sum(widths)]."""
+        projected = self.project(self.input_norm(x))
+        return nn.functional.silu(projected) if self.use_gate else projected
+
+    def after(self, x: Tensor, attended: Tensor, gate: Tensor | None = None) -> Tensor:
+        """x [T, D], and what attention [T, H V] and u [T, H V] add to it."""
+        if gate is not None:
+            x = x + self.output(self.dropout(self.attention_norm(attended) * gate))
         else:
             x = x + self.dropout(self.output(attended))
         return x if self.ffn is None else x + self.ffn(x)
@@ -291,6 +298,15 @@ class HSTUEncoder(nn.Module):
         self.next_calendar = Calendar(config) if is_next else None
         self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_layers))
         self.final_norm = make_norm(config.final_norm, config.dim)
+
+    def compile_layers(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """What the layers do around attention is compiled by torch.compile when it first runs, for any number
+        of events: norm, gate and dropout then pass through memory once. It takes a minute; wide models gain,
+        small ones wait for the host as before. `backend`: one of torch.compile's."""
+        for layer in self.layers:
+            assert isinstance(layer, HSTULayer)
+            layer.before = torch.compile(layer.before, dynamic=True, backend=backend)
+            layer.after = torch.compile(layer.after, dynamic=True, backend=backend)
 
     def attention_kernel(self, dtype: torch.dtype = torch.float32) -> AttentionKernel:
         """What config.attention_kernel is on the encoder's device, with products in `dtype`."""

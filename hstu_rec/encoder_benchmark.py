@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hstu_rec import distributed
 from hstu_rec.attention_benchmark import median_s, peak_gib
-from hstu_rec.attention_forms import Shape, padded_attention
+from hstu_rec.attention_forms import PaddedLayout, Shape
 from hstu_rec.encoder import EncoderConfig, HSTUEncoder
 from hstu_rec.flops import encoder_flops, peak_flops
 
@@ -34,6 +34,8 @@ class EncoderTimes:
     """Of products, as train.precision."""
     dropout: float = 0.2
     """Dropout of the layers."""
+    compile: bool = False
+    """Compiles the layers, as train.compile."""
     repeats: int = 20
     """Times that each is run, after three to warm up; the median is shown."""
 
@@ -54,32 +56,14 @@ class EncoderTimes:
         return found
 
 
-@dataclass(frozen=True)
-class PaddedLayout:
-    """Histories at the longest, whose scores and bias are held whole."""
-
-    longest: int
-    times: Tensor  # int64 [B, N] in s
-    num_targets: Tensor | None = None
-
-    def to(self, device: torch.device) -> "PaddedLayout":
-        """The layout on `device`."""
-        return distributed.on_device(self, device)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
-        """Attention of [B * N, H, D] with both tables of bias."""
-        q, k, v = (x.unflatten(0, (-1, self.longest)) for x in (q, k, v))
-        tables = [settings[name].to(q.dtype) for name in ("position_bias", "time_bias")]
-        return padded_attention(q, k, v, self.times, tables).flatten(0, 1)
-
-
 def encoder_times(config: EncoderTimes, device: torch.device) -> Iterator[str]:
     """Lines of a table, the forms of a shape one after another: forward and backward of the encoder."""
     distributed.use_precision(config.precision)
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     peak = peak_flops(device, dtype) if device.type == "cuda" else math.nan
     yield (
-        f"{config.precision}; forward + backward with parameters' gradients; FLOPs without padding, of the "
+        f"{config.precision}{', compiled' * config.compile}; forward + backward with parameters' gradients; "
+        "FLOPs without padding, of the "
         f"pairs that are seen; a product of 8192 x 8192 reaches {peak / 1e12:.0f} TFLOP/s"
     )
     each = zip(config.shapes, config.num_layers, config.num_events, strict=True)
@@ -90,7 +74,7 @@ def encoder_times(config: EncoderTimes, device: torch.device) -> Iterator[str]:
             encoder = encoder_of(Shape.of(text), num_layers, name, config.dropout)
             flops = encoder_flops(encoder, lengths.numpy())
             try:
-                work = training_work(encoder, lengths, name, dtype, device)
+                work = training_work(encoder, lengths, name, dtype, device, config.compile)
                 gib, seconds = peak_gib(work, device), median_s(work, config.repeats, device)
             except torch.OutOfMemoryError:
                 yield f"  {name:12s} out of memory"
@@ -116,7 +100,12 @@ def encoder_of(shape: Shape, num_layers: int, form: str, dropout: float) -> Enco
 
 
 def training_work(
-    config: EncoderConfig, lengths: Tensor, form: str, dtype: torch.dtype, device: torch.device
+    config: EncoderConfig,
+    lengths: Tensor,
+    form: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    is_compiled: bool = False,
 ) -> Callable[[], Tensor]:
     """Forward and backward of a batch of random histories; returns what the encoder gave."""
     torch.manual_seed(0)
@@ -126,6 +115,8 @@ def training_work(
     times = torch.cat([torch.randint(0, 10**8, (n,)).sort().values for n in lengths.tolist()])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     encoder = HSTUEncoder(config).to(device)
+    if is_compiled:
+        encoder.compile_layers()
     layout: Any = PaddedLayout(longest, times.view(-1, longest) if form == "padded+bias" else times)
     if form != "padded+bias":
         layout = encoder.layout(offsets, times, dtype=dtype)

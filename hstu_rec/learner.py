@@ -63,6 +63,8 @@ class Learner:
             SampledSoftmax(config.loss).to(device),
             torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32,
         )
+        if config.train.compile:
+            model.encoder.compile_layers()
         if config.train.cuda_graphs:
             _check_graphs(model, device)
             model.graphs = DenseGraphs(model)

@@ -10,9 +10,11 @@ from hstu_rec import distributed
 from hstu_rec.attention_benchmark import AttentionTimes, attention_times
 from hstu_rec.attention_forms import FORMS, Batch, Shape, padded
 from hstu_rec.attention_tuning import OptionTimes, option_times
-from hstu_rec.benchmark import figures_by_epoch
+from hstu_rec.benchmark import PaddedStream, compare_steps, figures_by_epoch, hold_scores
 from hstu_rec.config import RunConfig, load
+from hstu_rec.data.dataset import Dataset
 from hstu_rec.encoder_benchmark import EncoderTimes, encoder_of, encoder_times, training_work
+from hstu_rec.learner import Learner
 from hstu_rec.loss_benchmark import LossTimes, loss_times, own_loss, plain_loss
 from hstu_rec.ops import jagged_attention_reference
 from hstu_rec.trainer import train
@@ -55,6 +57,21 @@ def test_a_curve_needs_the_cut_off_that_it_shows(settings):
     config = load(RunConfig, [*settings, "eval.ks=[1,5]", "train.select=seen_masked/ndcg@5"])
     with pytest.raises(ValueError, match=r"eval.ks must hold 10, which is shown; got \[1, 5\]"):
         next(figures_by_epoch(config, torch.device("cpu")))
+
+
+def test_a_padded_step_that_holds_scores_is_the_same_step(settings):
+    config = load(RunConfig, [*settings, "encoder.use_time_bias=true"])
+    with distributed.process_group("cpu") as device:
+        losses = []
+        for is_held in (False, True):
+            learner = Learner(config, Dataset(config.data.path), device, PaddedStream)
+            if is_held:
+                learner.encoder.layout = hold_scores
+            learner.begin()
+            losses.append([learner.step(0, at, at) for at in range(3)])
+        names = [line[:12].strip() for line in compare_steps(config, device)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert names == ["jagged", "padded", "padded, held"]
 
 
 def test_attention_is_timed_by_shape_and_form_on_cpu_as_well():

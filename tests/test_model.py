@@ -129,6 +129,40 @@ def test_a_window_that_cannot_be_is_refused(options, problem):
         HSTUEncoder(EncoderConfig(**options))
 
 
+@pytest.mark.parametrize(
+    ("options", "num_graphs"),
+    [
+        ({}, 2),  # before and after attention, the same of all layers
+        ({"attention": "softmax", "use_gate": False, "ffn_dim": 8}, 2),
+        ({"dropout": 0.5}, 5),  # our own dropout on CPU is compiled for each size
+    ],
+    ids=["hstu", "sasrec", "dropout"],
+)
+def test_compiled_layers_do_the_same_for_any_number_of_events(options, num_graphs):
+    graphs = []
+
+    def count(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.manual_seed(0)
+    config = {"dim": 8, "num_heads": 2, "max_history_len": 9, "dropout": 0, **options}
+    encoders = [HSTUEncoder(EncoderConfig(num_layers=2, **config)) for _ in range(2)]
+    encoders[1].load_state_dict(encoders[0].state_dict())
+    encoders[1].compile_layers(backend=count)
+    for lengths in ([5], [9, 3], [1, 8, 0, 9]):
+        times = torch.arange(sum(lengths)) * 1000
+        offsets, found = torch.tensor([0, *lengths]).cumsum(0), []
+        for encoder in encoders:
+            torch.manual_seed(1)
+            x = torch.randn(sum(lengths), 8, requires_grad=True)
+            out = encoder(x, offsets, times)
+            grads = torch.autograd.grad(out.square().sum(), [x, *encoder.parameters()])
+            found.append([out, *grads])
+        torch.testing.assert_close(*found)
+    assert 0 < len(graphs) <= num_graphs
+
+
 def test_the_query_time_of_the_next_event_is_used():
     torch.manual_seed(0)
     config = EncoderConfig(dim=16, query_time="next")
