@@ -94,7 +94,7 @@ def jagged(batch: Batch, has_bias: bool) -> Attention:
     offsets, total = batch.offsets, int(batch.lengths.sum())
     times = batch.times(total) if has_bias else None
     shape = batch.shape
-    layout = jagged_layout(offsets, shape.num_heads, times, None, kernel, batch.dtype, shape.width)
+    layout = jagged_layout(offsets, shape.num_heads, times, None, kernel, batch.dtype)
     layout, (q, k, v) = layout.to(batch.device), batch.rows(total)
     # Tables are float32, as the encoder's parameters are under autocast.
     tables = batch.tables(torch.float32) if has_bias else []

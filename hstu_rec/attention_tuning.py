@@ -96,7 +96,7 @@ def _kernel(
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     total = int(offsets[-1])
     times = torch.cat([torch.randint(0, 10**8, (n,)).sort().values for n in lengths.tolist()])
-    layout = block_layout(offsets, times, None, torch.bfloat16, shape.width, block).to(device)
+    layout = block_layout(offsets, times, None, torch.bfloat16, block).to(device)
     size = (total, shape.num_heads, shape.width)
     q, k, v, grad = (torch.randn(size, device=device, dtype=torch.bfloat16) for _ in range(4))
     tables = [torch.randn(1, n, device=device) for n in (shape.longest, NUM_TIME_BUCKETS)]

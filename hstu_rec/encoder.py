@@ -343,7 +343,6 @@ class HSTUEncoder(nn.Module):
             *times,
             kernel=self.attention_kernel(dtype),
             dtype=dtype,
-            width=head_width(config),
             num_targets=num_targets,
             window=config.window,
         )

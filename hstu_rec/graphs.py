@@ -87,11 +87,11 @@ def filled_lookup(lookup: Lookup, sizes: tuple[int, int, int]) -> Lookup:
 def filled_layout(layout: BlockLayout, max_history_len: int) -> BlockLayout:
     """The layout of a filled batch with blocks of the last user, which has no events."""
     num_users, num_events = len(layout.offsets) - 1, int(layout.offsets[-1])
-    filled: dict[str, Tensor] = {}
-    for kind, block in (("query", layout.query_block), ("key", layout.key_block)):
-        count = num_users + num_events // block
-        for name, value in ((f"{kind}_users", num_users - 1), (f"{kind}_begins", 0)):
-            filled[name] = _filled(getattr(layout, name), count, value)
+    count = num_users + num_events // layout.block
+    blocks = {
+        "query_users": num_users - 1, "query_begins": 0, "key_users": num_users - 1, "key_begins": 0
+    }  # fmt: skip
+    filled = {name: _filled(getattr(layout, name), count, value) for name, value in blocks.items()}
     return replace(layout, **filled, longest=max_history_len)
 
 

@@ -81,8 +81,7 @@ def compared(inputs, offsets, times, dtype=torch.float32, block=16, kind="silu",
     exact = results(jagged_attention_reference, inputs, torch.float64, offsets=offsets, **settings)
     layout = jagged_layout(offsets, inputs["q"].shape[1], times, query_times, **seen)
     plain = results(jagged_attention, inputs, dtype, offsets=offsets, layout=layout, **shared)
-    width = max(inputs["q"].shape[2], inputs["v"].shape[2])
-    layout = block_layout(offsets, times, query_times, dtype, width, block, **seen).to(DEVICE)
+    layout = block_layout(offsets, times, query_times, dtype, block, **seen).to(DEVICE)
     fused = results(triton_attention, inputs, dtype, DEVICE, layout=layout, **shared)
     return {name: (fused[name], want, error(plain[name], want)) for name, want in exact.items()}
 
@@ -216,6 +215,32 @@ def test_blocks_as_they_are_chosen(dtype, width, order, has_targets, kind):
     assert_as_exact_as_plain_torch(*draws, eps=1e-5)
 
 
+def wide_inputs(attention, value):
+    inputs, offsets, times = make_inputs(LENGTHS["odd"], attention=attention, value=value)
+    inputs = {name: x.to(HALVES[0]).double() for name, x in inputs.items()}
+    inputs["q"] /= attention**0.5
+    return inputs, offsets, times
+
+
+@pytest.mark.parametrize("kind", ["silu", "softmax"])
+@pytest.mark.parametrize(("attention", "value"), [(130, 20), (20, 130)])
+def test_wide_heads_in_three_parts(attention, value, kind):
+    inputs, offsets, times = wide_inputs(attention, value)
+    targets, window = torch.tensor([0, 5, 1, 3, 0, 0, 9]), 12
+    found = compared(
+        inputs, offsets, times, HALVES[0], kind=kind, num_targets=targets, window=window
+    )
+    assert_as_exact_as_plain_torch(found, eps=1e-5)
+
+
+@pytest.mark.usefixtures("repeatable")
+def test_wide_heads_are_repeatable():
+    first, again = (compared(*wide_inputs(130, 130), HALVES[0], block=128) for _ in range(2))
+    assert_as_exact_as_plain_torch(first, eps=1e-5)
+    for name, (fused, *_) in first.items():
+        assert torch.equal(fused, again[name][0]), name
+
+
 def long_inputs(width, dtype, seed=7):
     """Inputs of several blocks, exact in `dtype`."""
     inputs, offsets, _ = make_inputs(LONG, 2, width, width, positions=300, seed=seed)
@@ -281,20 +306,7 @@ def test_the_operator_keeps_what_torch_compile_asks_of_it(is_softmax):
     tables = [distance_table(leaves[3], x, 1.0).detach(), bucket_table(leaves[4], 1.0).detach()]
     tables = [table.requires_grad_() for table in tables]
     blocks = (x.query_users, x.query_begins, x.key_users, x.key_begins, x.now, x.then)
-    arguments = (
-        *leaves[:3],
-        *tables,
-        x.offsets,
-        None,
-        *blocks,
-        0.3,
-        16,
-        16,
-        0,
-        True,
-        True,
-        is_softmax,
-    )
+    arguments = (*leaves[:3], *tables, x.offsets, None, *blocks, 0.3, 16, 0, True, True, is_softmax)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(fused_attention, arguments, test_utils=checks)
     arguments = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]

@@ -31,7 +31,7 @@ for dtype, width, is_rich in (
     (torch.float32, 256, False), (half, 128, True), (half, 256, True),
 ):
     layout = block_layout(
-        torch.tensor([0, 256]), times * 2**33 if is_rich else times, None, dtype, width,
+        torch.tensor([0, 256]), times * 2**33 if is_rich else times, None, dtype,
         num_targets=torch.tensor([9]) if is_rich else None, window=50 * is_rich,
     )
     q, sums = torch.empty(256, 2, width, dtype=dtype), torch.empty(256, 2, width)
@@ -42,18 +42,23 @@ for dtype, width, is_rich in (
             users=layout.query_users, begins=layout.query_begins, scale=0.1,
         )
         has_position, ends = by_bucket is not None, (table, table, 513)
-        of_rows, block = [q, q, q, q], layout.key_block
-        forward = options_of.forward_options(x, of_rows, layout.query_block, has_position)
+        of_rows, block = [q, q, q, q], layout.block
+        forward = options_of.forward_options(x, of_rows, block, has_position)
+        of_queries = options_of.query_options(x, of_rows, block, has_position)
+        parts = options_of.parts_of(x, dtype)
         modes = [
-            options_of.backward_options(x, of_rows, block, has_position, *mode)
-            for mode in ((False, False), (True, False), (False, True))
+            options_of.backward_options(x, of_rows, block, has_position, *mode, part)
+            for mode in ((False, False), (True, False), (False, True)) for part in parts
         ]
         for made in (
             kernels.forward.warmup(
                 x, *options_of.forward_rows(of_rows[:3], forward), q, **forward, grid=(1,)
             ),
             kernels.backward_queries.warmup(
-                x, *of_rows, q, *ends, **options_of.queries_options(modes[0]), grid=(1,)
+                x, *of_rows, q, *ends, **options_of.repeatable_options(modes[0]), grid=(1,)
+            ),
+            kernels.query_grads.warmup(
+                x, *options_of.query_rows(of_rows, of_queries), q, **of_queries, grid=(1,)
             ),
             *(
                 kernels.backward.warmup(
@@ -98,7 +103,7 @@ def test_every_kernel_compiles_for_hopper_with_and_without_bias() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     made = [line.split() for line in done.stdout.splitlines()]
-    assert len(made) == 115 and min(int(size) for _, size, _ in made) > 1000
+    assert len(made) == 154 and min(int(size) for _, size, _ in made) > 1000
     assert all(int(shared) <= MAX_SHARED for *_, shared in made), [
         m for m in made if int(m[2]) > MAX_SHARED
     ]

@@ -48,7 +48,6 @@ def jagged_layout(
     query_times: Tensor | None = None,
     kernel: AttentionKernel = "grouped",
     dtype: torch.dtype = torch.float32,
-    width: int = 64,
     *,
     num_targets: Tensor | None = None,
     window: int = 0,
@@ -57,8 +56,8 @@ def jagged_layout(
 
     Args:
         offsets: int64 [B+1]. timestamps, query_times: int64 [T] in s, needed for a time bias only.
-        kernel: grouped is plain torch on any device. triton is fused, on a GPU; `dtype` and `width` of a
-            head's queries, keys and values (the wider) set its blocks.
+        kernel: grouped is plain torch on any device. triton is fused, on a GPU; `dtype` of queries, keys
+            and values sets its blocks.
         num_targets: int64 [B], how many of each user's newest rows are candidates: they see the history and
             themselves, not each other, and stand where the next event would (a distance of 1 to the newest
             event of the history, of 0 to themselves).
@@ -70,7 +69,7 @@ def jagged_layout(
     if kernel == "grouped":
         return grouped_layout(offsets, num_heads, timestamps, query_times, num_targets, window)
     return block_layout(
-        offsets, timestamps, query_times, dtype, width, num_targets=num_targets, window=window
+        offsets, timestamps, query_times, dtype, num_targets=num_targets, window=window
     )
 
 

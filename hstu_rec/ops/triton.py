@@ -15,14 +15,17 @@ from hstu_rec.ops.triton_bias import (
     POSITION_LANES,
     TIME_LANES,
 )
-from hstu_rec.ops.triton_kernels import backward, forward
+from hstu_rec.ops.triton_kernels import backward, forward, query_grads
 from hstu_rec.ops.triton_layout import BlockLayout
 from hstu_rec.ops.triton_options import (
     backward_options,
     backward_rows,
     forward_options,
     forward_rows,
-    queries_options,
+    parts_of,
+    query_options,
+    query_rows,
+    repeatable_options,
     rows_of,
 )
 from hstu_rec.ops.triton_parts import Inputs
@@ -52,7 +55,7 @@ def triton_attention(
     A time difference within float32's rounding of a bucket's edge may fall to the neighbour. The last bits
     of the gradients of q and of the tables vary from run to run, unless
     torch.use_deterministic_algorithms is on; then they take another pass over the keys, and memory of a
-    row of the table's length for every `layout.key_block` events of a head.
+    row of the table's length for every `layout.block` events, or 64 of a head.
     """
     if time_bias is not None and layout.then is None:
         raise ValueError("time_bias is given without timestamps; pass int64 timestamps [T] in s")
@@ -61,8 +64,8 @@ def triton_attention(
     by_bucket = None if time_bias is None else bucket_table(time_bias, unit)
     blocks = layout.query_users, layout.query_begins, layout.key_users, layout.key_begins
     times = (layout.now, layout.then) if time_bias is not None else (None, None)
-    sizes = layout.query_block, layout.key_block, layout.window
-    others: Any = scale, *sizes, layout.is_sorted, position_bias is not None, kind == "softmax"
+    others: Any = scale, layout.block, layout.window, layout.is_sorted
+    others = *others, position_bias is not None, kind == "softmax"
     where = layout.offsets, layout.num_seen
     return fused_attention(q, k, v, by_distance, by_bucket, *where, *blocks, *times, *others)[0]
 
@@ -144,8 +147,7 @@ def fused_attention(
     now: Tensor | None,
     then: Tensor | None,
     scale: float,
-    query_block: int,
-    key_block: int,
+    block: int,
     window: int,
     is_sorted: bool,
     has_position: bool,
@@ -163,7 +165,7 @@ def fused_attention(
         logsumexp=logsumexp if is_softmax else None,
     )  # fmt: skip
     if num_programs := len(query_users) * x.num_heads:
-        options = forward_options(x, rows, query_block, has_position)
+        options = forward_options(x, rows, block, has_position)
         arguments: Any = (*forward_rows(rows, options), out)
         forward[(num_programs,)](x, *arguments, **options)
     return out, logsumexp
@@ -188,8 +190,7 @@ def fused_attention_backward(
     now: Tensor | None,
     then: Tensor | None,
     scale: float,
-    query_block: int,
-    key_block: int,
+    block: int,
     window: int,
     is_sorted: bool,
     has_position: bool,
@@ -207,29 +208,56 @@ def fused_attention_backward(
         users=key_users, begins=key_begins, scale=scale, delta=delta,
         logsumexp=logsumexp if is_softmax else None,
     )  # fmt: skip
-    is_repeatable = torch.are_deterministic_algorithms_enabled()
-    num_programs = len(key_users) * x.num_heads
-    sums, num_rows = table_sums(x, has_position, num_programs if is_repeatable else None)
-    # Histories of one block have all keys of a query in one program.
-    is_alone = by_distance.shape[1] - 2 * NUM_BEFORE.value <= key_block
-    is_summed = not (is_repeatable or is_alone)
-    grad_q = q.new_zeros(q.shape, dtype=torch.float32 if is_summed else q.dtype)
-    grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)
-    if num_programs:
-        grid, ends = (num_programs,), (*sums, sums[0].shape[-1])
-        options = backward_options(x, rows, key_block, has_position, is_alone, is_repeatable)
-        if is_repeatable:
-            own: Any = (*rows, grad_q, *ends)
-            backward_queries[grid](x, *own, **queries_options(options))
-        arguments: Any = (*backward_rows(rows, grad_q, options), grad_k, grad_v, *ends, num_rows)
-        backward[grid](x, *arguments, **options)
+    of_queries = x._replace(users=query_users, begins=query_begins)
+    (grad_q, grad_k, grad_v), sums = _run_backward(x, of_queries, rows, block, has_position)
     # The kernels' sums are of gradients of q k^T; softmax's tables have another unit.
     unit = 1 / (LOG2_E * scale) if is_softmax else 1.0
     of_distance, of_bucket = (
         _of_table(of_rows, table, x.num_heads, unit)
         for of_rows, table in zip(sums, (by_distance, by_bucket), strict=True)
     )
-    return grad_q.to(q.dtype), grad_k, grad_v, of_distance, of_bucket
+    return grad_q, grad_k, grad_v, of_distance, of_bucket
+
+
+def _run_backward(
+    x: Inputs, of_queries: Inputs, rows: list[Tensor], block: int, has_position: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(gradients of q, k, v, `table_sums`); `x` has the blocks of keys, `of_queries` those of queries."""
+    q, k, v, _ = rows
+    is_repeatable, parts = torch.are_deterministic_algorithms_enabled(), parts_of(x, rows[0].dtype)
+    # Histories of one block have all keys of a query in one program.
+    is_alone = x.by_distance.shape[1] - 2 * NUM_BEFORE.value <= block
+    is_summed = not (is_repeatable or is_alone) and parts == ("all",)
+    grad_q = torch.zeros(q.shape, dtype=torch.float32 if is_summed else q.dtype, device=q.device)
+    grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
+    grid, known = (len(x.users) * x.num_heads,), (x, rows, block, has_position)
+    options = [backward_options(*known, is_alone, is_repeatable, part) for part in parts]
+    own: dict[str, Any] = query_options(*known)
+    num_programs = None
+    if is_repeatable:
+        own = repeatable_options(options[0])
+        of_queries = _divided(of_queries, block, own["N"])
+        num_programs = len(of_queries.users) * x.num_heads
+    sums, num_rows = table_sums(x, has_position, num_programs)
+    ends = *sums, sums[0].shape[-1]
+    if grid[0]:
+        if is_repeatable:
+            arguments: Any = (*rows, grad_q, *ends)
+            backward_queries[(num_programs,)](of_queries, *arguments, **own)
+        elif len(parts) > 1:
+            arguments = (*query_rows(rows, own), grad_q)
+            query_grads[grid](of_queries, *arguments, **own)
+        for each in options:
+            arguments = (*backward_rows(rows, grad_q, each), grad_k, grad_v, *ends, num_rows)
+            backward[grid](x, *arguments, **each)
+    return (grad_q.to(q.dtype), grad_k, grad_v), sums
+
+
+def _divided(x: Inputs, block: int, size: int) -> Inputs:
+    """`x` with blocks cut to `size` events."""
+    begins = x.begins[:, None] + torch.arange(0, block, size, device=x.begins.device)
+    users = x.users.repeat_interleave(block // size)
+    return x._replace(users=users, begins=begins.int().flatten())
 
 
 def table_sums(

@@ -3,7 +3,9 @@
     forward             a program owns a block of queries of one user and head, and walks over the keys before
     backward            a program owns a block of keys and walks over the queries after; what it finds for
                         queries and bias tables is added to memory, where others add as well
-    backward_queries    the same sums for queries and tables in one order: see triton_repeatable
+    query_grads         as forward, for the gradients of wide heads' queries: then `backward` runs for keys
+                        and for values apart, so that each program holds one sum of that width
+    backward_queries    sums for queries and tables in one order: see triton_repeatable
 
 Scores are made again in backward, so that nothing of size L^2 is ever held. Bias is looked up by distance,
 where that of keys after the query is so low that their weights and all gradients are exactly 0, and by time
@@ -48,22 +50,33 @@ from hstu_rec.ops.triton_parts import (
 
 
 @triton.jit
+def _bias_of_keys(
+    x, place, num_seen, now, is_far, buckets, rows, start,
+    N: tl.constexpr, NATIVE: tl.constexpr, IS_LOOKED_UP: tl.constexpr, CAN_BE_FAR: tl.constexpr,
+):  # fmt: skip
+    """float32 tile [queries, N keys from `start` on]."""
+    columns = start + tl.arange(0, N)
+    distance = distances(x, rows[:, None], columns[None, :], num_seen)
+    bias = position_bias(x, place[0], distance, IS_LOOKED_UP, NATIVE)
+    if x.by_bucket is not None:
+        then = load_times(x.then, place, columns)
+        bias = add_time_bias(
+            x, place[0], bias, now[:, None], then[None, :], is_far, buckets, CAN_BE_FAR, NATIVE
+        )
+    return bias
+
+
+@triton.jit
 def _forward_tile(
     x, keys, place, num_seen, q, now, is_far, buckets, rows, start, mixed, total, top,
     A: tl.constexpr, V: tl.constexpr, N: tl.constexpr, FAST: tl.constexpr, NATIVE: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, IS_LOOKED_UP: tl.constexpr, CAN_BE_FAR: tl.constexpr,
 ):  # fmt: skip
     """(mixed, total, top) with the keys of a tile."""
-    head = place[0]
-    columns = start + tl.arange(0, N)
     k, v = load_keys(x, keys, place, start, A, V, N, TMA)
-    distance = distances(x, rows[:, None], columns[None, :], num_seen)
-    bias = position_bias(x, head, distance, IS_LOOKED_UP, NATIVE)
-    if x.by_bucket is not None:
-        then = load_times(x.then, place, columns)
-        bias = add_time_bias(
-            x, head, bias, now[:, None], then[None, :], is_far, buckets, CAN_BE_FAR, NATIVE
-        )
+    bias = _bias_of_keys(
+        x, place, num_seen, now, is_far, buckets, rows, start, N, NATIVE, IS_LOOKED_UP, CAN_BE_FAR
+    )
     scores = score(x, q, tl.trans(k), bias, PRECISION)
     if x.logsumexp is not None:
         # A tile of hidden keys alone, as a window has, adds weights that vanish beside the diagonal's: what
@@ -128,6 +141,62 @@ def forward(
 
 
 @triton.jit
+def _query_tile(
+    x, keys, place, num_seen, queries, is_far, buckets, rows, start, grads_q,
+    A: tl.constexpr, V: tl.constexpr, N: tl.constexpr, FAST: tl.constexpr, NATIVE: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, IS_LOOKED_UP: tl.constexpr, CAN_BE_FAR: tl.constexpr,
+):  # fmt: skip
+    """grads_q with the keys of a tile; `queries` are what `load_queries` gave."""
+    q, grad_out, logsumexp, delta, now = queries
+    k, v = load_keys(x, keys, place, start, A, V, N, TMA)
+    bias = _bias_of_keys(
+        x, place, num_seen, now, is_far, buckets, rows, start, N, NATIVE, IS_LOOKED_UP, CAN_BE_FAR
+    )
+    scores = score(x, q, tl.trans(k), bias, PRECISION)
+    grads = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+    if x.logsumexp is not None:
+        logsumexp, delta = logsumexp[:, None], delta[:, None]
+    _, grads = weights_and_grads(x, scores, grads, logsumexp, delta, FAST)
+    return tl.dot(grads.to(k.dtype), k, acc=grads_q, input_precision=PRECISION)
+
+
+@triton.jit
+def query_grads(
+    x: "Any", q: "Any", k: "Any", v: "Any", grad_out: "Any", grad_q: "Any",
+    A: tl.constexpr, V: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FAST: tl.constexpr,
+    NATIVE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, HAS_POSITION: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+) -> None:  # fmt: skip
+    """Gradients of a block of M queries, to `grad_q` [T, H, A]."""
+    place, num_seen, begin, rows = place_of(x, M)
+    head, _first, length = place
+    queries = load_queries(x, (q, grad_out), place, begin, A, V, M, TMA)
+    ends, key_ends, buckets = 0, 0, 0
+    grads_q = tl.zeros([M, A], dtype=tl.float32)
+    oldest = 0
+    if HAS_WINDOW:
+        oldest = tl.maximum(tl.minimum(begin, num_seen) - x.window + 1, 0) // N * N
+    if x.by_bucket is not None:
+        ends, buckets = time_ends(x.now, place, begin, M), no_buckets(x)
+        key_ends = time_ends(x.then, place, oldest, N)
+    for start in range(oldest, tl.minimum(begin, num_seen), N):
+        is_far = False
+        if x.by_bucket is not None:
+            is_far, _, buckets = tile_buckets(x, head, buckets, ends, key_ends, NATIVE)
+            key_ends = time_ends(x.then, place, start + N, N)
+        grads_q = _query_tile(
+            x, (k, v), place, num_seen, queries, is_far, buckets, rows, start, grads_q, A, V, N, FAST,
+            NATIVE, TMA, PRECISION, HAS_POSITION or HAS_WINDOW or x.num_seen is not None, True,
+        )  # fmt: skip
+    for start in range(begin, tl.minimum(begin + M, length), N):
+        grads_q = _query_tile(
+            x, (k, v), place, num_seen, queries, False, buckets, rows, start, grads_q, A, V, N, FAST,
+            NATIVE, TMA, PRECISION, True, False,
+        )  # fmt: skip
+    store_rows(grad_q, grads_q, x.num_heads, place, rows, x.attention_dim, A)
+
+
+@triton.jit
 def _add_query_grads(
     x, place, start, k, grads, grad_q,
     A: tl.constexpr, M: tl.constexpr, TMA_SUM: tl.constexpr, PRECISION: tl.constexpr,
@@ -160,6 +229,7 @@ def _backward_tile(
     NATIVE: tl.constexpr, TMA: tl.constexpr, TMA_SUM: tl.constexpr, ONCE: tl.constexpr,
     PRECISION: tl.constexpr, IS_LOOKED_UP: tl.constexpr, CAN_BE_FAR: tl.constexpr,
     HAS_POSITION: tl.constexpr, IS_ALONE: tl.constexpr, IS_REPEATABLE: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     """(grads_k, grads_v, sums) with a tile's queries; the rest is added to memory. Tiles are
     [keys, queries]."""
@@ -175,34 +245,26 @@ def _backward_tile(
         later, earlier = now[None, :], then[:, None]
         bias = add_time_bias(x, head, bias, later, earlier, is_far, buckets, CAN_BE_FAR, NATIVE)
     scores = score(x, k, tl.trans(q), bias, PRECISION)
-    grads = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+    grads = scores
+    if PART != "values":
+        grads = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
     if x.logsumexp is not None:
         logsumexp, delta = logsumexp[None, :], delta[None, :]
     weights, grads = weights_and_grads(x, scores, grads, logsumexp, delta, FAST)
-    grads_v = tl.dot(weights.to(v.dtype), grad_out, acc=grads_v, input_precision=PRECISION)
-    if HAS_POSITION and not IS_REPEATABLE:
-        lanes = columns[:, None]
-        add_position_grads(x, by_distance, grads, distance, lanes, num_distances, ONCE)
-    if x.by_bucket is not None and not IS_REPEATABLE:
-        sums = add_time_grads(
-            by_bucket,
-            sums,
-            grads,
-            later,
-            earlier,
-            is_far,
-            most,
-            buckets,
-            N,
-            M,
-            CAN_BE_FAR,
-            ONCE,
-            NATIVE,
-        )
-    narrow = grads.to(k.dtype)
-    grads_k = tl.dot(narrow, q, acc=grads_k, input_precision=PRECISION)
-    if not IS_REPEATABLE:
-        _add_query_grads(x, place, start, k, narrow, grad_q, A, M, TMA_SUM, PRECISION, IS_ALONE)
+    if PART != "keys":
+        grads_v = tl.dot(weights.to(v.dtype), grad_out, acc=grads_v, input_precision=PRECISION)
+    if PART != "values":
+        if HAS_POSITION and not IS_REPEATABLE:
+            lanes = columns[:, None]
+            add_position_grads(x, by_distance, grads, distance, lanes, num_distances, ONCE)
+        if x.by_bucket is not None and not IS_REPEATABLE:
+            sums = add_time_grads(
+                by_bucket, sums, grads, later, earlier, is_far, most, buckets, N, M, CAN_BE_FAR, ONCE, NATIVE
+            )  # fmt: skip
+        narrow = grads.to(k.dtype)
+        grads_k = tl.dot(narrow, q, acc=grads_k, input_precision=PRECISION)
+        if PART == "all" and not IS_REPEATABLE:
+            _add_query_grads(x, place, start, k, narrow, grad_q, A, M, TMA_SUM, PRECISION, IS_ALONE)
     return grads_k, grads_v, sums
 
 
@@ -227,12 +289,13 @@ def backward(
     A: tl.constexpr, V: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FAST: tl.constexpr,
     NATIVE: tl.constexpr, TMA: tl.constexpr, TMA_SUM: tl.constexpr, ONCE: tl.constexpr,
     PRECISION: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    IS_ALONE: tl.constexpr, IS_REPEATABLE: tl.constexpr,
+    IS_ALONE: tl.constexpr, IS_REPEATABLE: tl.constexpr, PART: tl.constexpr,
 ) -> None:  # fmt: skip
     """Gradients of a block of N keys and their values, and what it adds to those of queries and tables:
     float32 [T, H, A] (IS_ALONE: writes, where no history has another block), and the lanes of a row of
     [rows, POSITION_LANES, num_distances] and [rows, TIME_LANES, HISTOGRAM], rows in turn a head's.
 
+    PART: all; keys, with what is added to tables; or values.
     TMA: q, k, v, grad_out are descriptors. TMA_SUM: grad_q is, unless IS_ALONE or IS_REPEATABLE.
     """
     place, num_seen, begin, columns = place_of(x, N)
@@ -252,7 +315,7 @@ def backward(
         grads_k, grads_v, sums = _backward_tile(
             x, (q, grad_out), place, num_seen, k, v, then, False, 0, buckets, sums, columns, start, grads_k,
             grads_v, grad_q, by_distance, num_distances, by_bucket, A, V, M, N, FAST, NATIVE, TMA,
-            TMA_SUM, ONCE, PRECISION, True, False, HAS_POSITION, IS_ALONE, IS_REPEATABLE,
+            TMA_SUM, ONCE, PRECISION, True, False, HAS_POSITION, IS_ALONE, IS_REPEATABLE, PART,
         )  # fmt: skip
     end = _last_query(x, place, num_seen, begin, N, HAS_WINDOW)
     if x.by_bucket is not None:
@@ -263,18 +326,20 @@ def backward(
             is_far, most, held = tile_buckets(x, head, buckets, query_ends, ends, NATIVE)
             query_ends = time_ends(x.now, place, start + M, M)
             if held[0] != buckets[0]:
-                add_sums(by_bucket, sums, buckets, N, IS_REPEATABLE)
+                add_sums(by_bucket, sums, buckets, N, IS_REPEATABLE or PART == "values")
                 sums = no_sums(N)
             buckets = held
         grads_k, grads_v, sums = _backward_tile(
             x, (q, grad_out), place, num_seen, k, v, then, is_far, most, buckets, sums, columns, start,
             grads_k, grads_v, grad_q, by_distance, num_distances, by_bucket, A, V, M, N, FAST, NATIVE, TMA,
             TMA_SUM, ONCE, PRECISION, HAS_POSITION or HAS_WINDOW or x.num_seen is not None, True,
-            HAS_POSITION, IS_ALONE, IS_REPEATABLE,
+            HAS_POSITION, IS_ALONE, IS_REPEATABLE, PART,
         )  # fmt: skip
     if x.by_bucket is not None:
-        add_sums(by_bucket, sums, buckets, N, IS_REPEATABLE)
-    if x.logsumexp is None:
-        grads_v *= x.scale
-    store_rows(grad_k, grads_k, x.num_heads, place, columns, x.attention_dim, A)
-    store_rows(grad_v, grads_v, x.num_heads, place, columns, x.value_dim, V)
+        add_sums(by_bucket, sums, buckets, N, IS_REPEATABLE or PART == "values")
+    if PART != "values":
+        store_rows(grad_k, grads_k, x.num_heads, place, columns, x.attention_dim, A)
+    if PART != "keys":
+        if x.logsumexp is None:
+            grads_v *= x.scale
+        store_rows(grad_v, grads_v, x.num_heads, place, columns, x.value_dim, V)

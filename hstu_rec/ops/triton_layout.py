@@ -12,8 +12,7 @@ from hstu_rec.distributed import on_device
 class BlockLayout:
     """Where the blocks of a jagged batch are, those with the most work first; shared by all layers."""
 
-    query_block: int  # events of a block of queries, and of keys
-    key_block: int
+    block: int
     longest: int  # events of the longest history
     window: int  # newest events that a query sees; 0 for all
     offsets: Tensor  # int64 [B+1]
@@ -38,14 +37,11 @@ class BlockLayout:
         return on_device(self, device)
 
 
-def block_sizes(dtype: torch.dtype, width: int, longest: int) -> tuple[int, int]:
-    """Queries and keys that a program owns: what the registers hold, which is one sum of a query's width and
-    two of a key's, and no more than short histories fill."""
+def block_size(dtype: torch.dtype, longest: int) -> int:
+    """Events that a program owns: what the registers hold, and no more than short histories fill."""
     if dtype == torch.float32:
-        return 32, 32
-    if longest <= 64:
-        return 64, 64
-    return 128, 64 if width > 128 else 128
+        return 32
+    return 64 if longest <= 64 else 128
 
 
 def block_layout(
@@ -53,41 +49,33 @@ def block_layout(
     timestamps: Tensor | None = None,
     query_times: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-    width: int = 64,
     block: int = 0,
     num_targets: Tensor | None = None,
     window: int = 0,
 ) -> BlockLayout:
     """The layout of a batch with int64 `offsets` [B+1]; arguments as in `hstu_rec.ops.jagged_layout`.
 
-    `dtype` and `width`: of a head's queries, keys and values, whose blocks `block_sizes` chooses for block 0.
+    `dtype`: of queries, keys and values, whose blocks `block_size` chooses for block 0.
     """
     device, starts = offsets.device, offsets.cpu()
     lengths = starts.diff()
     longest = int(lengths.max()) if len(lengths) else 0
-    query_block, key_block = (block, block) if block else block_sizes(dtype, width, longest)
-    users, begins = _blocks(lengths, query_block)
+    block = block or block_size(dtype, longest)
+    counts = (lengths + block - 1) // block
+    users = torch.repeat_interleave(torch.arange(len(lengths)), counts)
+    begins = (torch.arange(len(users)) - (counts.cumsum(0) - counts)[users]) * block
     of_queries = _heaviest_first(users, begins, begins, device)
-    if key_block != query_block:
-        users, begins = _blocks(lengths, key_block)
     of_keys = _heaviest_first(users, begins, lengths[users] - begins, device)
     now = then = None
     is_sorted = False
     if timestamps is not None:
         first = timestamps[torch.repeat_interleave(starts[:-1], lengths).to(timestamps.device)]
         times = timestamps, timestamps if query_times is None else query_times
-        then, now = _since([t - first for t in times], max(query_block, key_block))
+        then, now = _since([t - first for t in times], block)
         is_sorted = all(_is_sorted(t.cpu(), starts) for t in times)
     num_seen = None if num_targets is None else (lengths - num_targets.cpu()).int().to(device)
-    sizes, blocks = (query_block, key_block, longest, window), (*of_queries, *of_keys)
-    return BlockLayout(*sizes, offsets, *blocks, now, then, num_seen, is_sorted)
-
-
-def _blocks(lengths: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """(user, first event) of every block."""
-    counts = (lengths + block - 1) // block
-    users = torch.repeat_interleave(torch.arange(len(lengths)), counts)
-    return users, (torch.arange(len(users)) - (counts.cumsum(0) - counts)[users]) * block
+    blocks = *of_queries, *of_keys
+    return BlockLayout(block, longest, window, offsets, *blocks, now, then, num_seen, is_sorted)
 
 
 def _heaviest_first(

@@ -39,8 +39,8 @@ def forward_rows(rows: list[Tensor], options: dict[str, Any]) -> Any:
 def backward_rows(rows: list[Tensor], grad_q: Tensor, options: dict[str, Any]) -> Any:
     """`backward`'s arguments for q, k, v, grad_out and the gradient of q."""
     sizes = options["M"], options["N"], options["N"], options["M"]
-    is_summed = options["TMA_SUM"] and not (options["IS_ALONE"] or options["IS_REPEATABLE"])
-    own = _described(grad_q, options["M"]) if is_summed else grad_q
+    is_alone = options["IS_ALONE"] or options["IS_REPEATABLE"] or options["PART"] != "all"
+    own = _described(grad_q, options["M"]) if options["TMA_SUM"] and not is_alone else grad_q
     if not options["TMA"]:
         return [*rows, own]
     return [*(_described(*each) for each in zip(rows, sizes, strict=True)), own]
@@ -103,17 +103,18 @@ def backward_options(
     has_position: bool,
     is_alone: bool = False,
     is_repeatable: bool = False,
+    part: str = "all",
 ) -> dict[str, Any]:
     """What `backward` is compiled with: fewer queries at a time where width and times need the registers.
 
-    With times, heads of 128 spill more registers when TMA brings the rows (280 bytes a thread, 72 without:
-    13.5 ms and 10.0). Without it other numbers of stages read out of range in triton 3.6, as the kernel that
-    it is compared with does.
+    With times, wide heads spill more registers when TMA brings the rows (of 128, 280 bytes a thread, 72
+    without: 13.5 ms and 10.0; of 256, keys alone, 6.0 and 5.0). Without it other numbers of stages read out
+    of range in triton 3.6, as the kernel that it is compared with does.
     """
     dtype = rows[0].dtype
     known = _options(x, dtype, block, has_position)
     width, can_tma = max(known["A"], known["V"]), takes_tma(rows)
-    has_tma = can_tma and (width != 128 or x.by_bucket is None)
+    has_tma = can_tma and (width <= 64 or x.by_bucket is None or part == "values")
     is_narrow = width > 128 or (width > 64 and (has_tma or x.by_bucket is not None))
     step, num_stages = min(block, 32 if is_narrow else 64), 3 if has_tma else 2
     return {
@@ -125,14 +126,38 @@ def backward_options(
         "ONCE": adds_once(dtype, block, step, known["num_warps"]),
         "IS_ALONE": is_alone,
         "IS_REPEATABLE": is_repeatable,
+        "PART": part,
         "num_stages": num_stages,
     }
 
 
-def queries_options(of_backward: dict[str, Any]) -> dict[str, Any]:
-    """What `backward_queries` is compiled with."""
-    others = {"M", "TMA", "TMA_SUM", "ONCE", "IS_ALONE", "IS_REPEATABLE"}
-    return {n: v for n, v in of_backward.items() if n not in others} | {"num_stages": 1}
+def parts_of(x: Inputs, dtype: torch.dtype) -> tuple[str, ...]:
+    """How often `backward` runs, and for what: heads wider than 128 leave room for one sum of their width,
+    over 128 keys. One H200, 131k events, four heads, all at once and in three parts: of 256, lengths to
+    4096, 13.3 ms (over 64 keys) and 6.6; of 128, lengths to 8192, 5.8 and 5.9, with times 10.0 and 13.6."""
+    is_wide = max(x.attention_dim, x.value_dim) > 128 and dtype != torch.float32
+    return ("keys", "values") if is_wide else ("all",)
+
+
+def query_options(x: Inputs, rows: list[Tensor], block: int, has_position: bool) -> dict[str, Any]:
+    """What `query_grads` is compiled with."""
+    known, has_tma = _options(x, rows[0].dtype, block, has_position), takes_tma(rows)
+    own = {"M": block, "N": min(block, 32), "TMA": has_tma, "num_stages": 3 if has_tma else 2}
+    return {**known, **own}
+
+
+def query_rows(rows: list[Tensor], options: dict[str, Any]) -> Any:
+    """`query_grads`' arguments for q, k, v, grad_out."""
+    sizes = options["M"], options["N"], options["N"], options["M"]
+    return [_described(*each) for each in zip(rows, sizes, strict=True)] if options["TMA"] else rows
+
+
+def repeatable_options(of_backward: dict[str, Any]) -> dict[str, Any]:
+    """What `backward_queries` is compiled with; wide heads leave room for 64 queries and keys."""
+    others = {"M", "TMA", "TMA_SUM", "ONCE", "IS_ALONE", "IS_REPEATABLE", "PART"}
+    known = {n: v for n, v in of_backward.items() if n not in others}
+    limit = 64 if max(known["A"], known["V"]) > 128 else 128
+    return {**known, "N": min(known["N"], limit), "num_stages": 1}
 
 
 def adds_once(dtype: torch.dtype, block: int, step: int, num_warps: int) -> bool:
