@@ -1,6 +1,6 @@
 """Times training on this machine, or measures how good its models are.
 
-    python apps/benchmark.py step [CONFIG.yaml ...] [key=value ...]     jagged histories, and the same padded
+    python apps/benchmark.py step [CONFIG.yaml ...] [key=value ...]     jagged histories beside padded ones
     python apps/benchmark.py epoch [CONFIG.yaml ...] [key=value ...]    whole epochs, without validation
     python apps/benchmark.py curve [CONFIG.yaml ...] [key=value ...]    test figures after every epoch
     python apps/benchmark.py attention [key=value ...]                  attention alone, by shape and form

@@ -23,9 +23,8 @@ FORWARD = [
     *((64, step, 4, stages) for step, stages in ((32, 3), (64, 2), (64, 3))),
 ]
 BACKWARD = [
-    *((128, step, 8, stages) for step, stages in ((32, 2), (64, 2), (32, 3), (64, 3), (32, 4))),
-    *((64, step, warps, 2) for step in (32, 64) for warps in (4, 8)),
-    (64, 32, 8, 3),
+    *((128, step, 8, stages) for step in (32, 64) for stages in (2, 3, 4)),
+    *((64, step, 4, stages) for step in (32, 64) for stages in (2, 3)),
 ]
 NUM_SHOWN = 4
 
@@ -58,12 +57,15 @@ def option_times(config: OptionTimes, device: torch.device) -> Iterator[str]:
     for text, has_bias in itertools.product(config.shapes, (False, True)):
         shape = Shape.of(text)
         lengths = torch.from_numpy(shape.lengths(config.num_events))
-        for name, candidates in (("forward", FORWARD), ("backward", BACKWARD)):
+        is_wide = shape.width > options_of.MAX_WHOLE_WIDTH
+        for name in ("forward", *(("keys", "values", "queries") if is_wide else ("all",))):
             found = []
-            for block, step, warps, stages in candidates:
+            for block, step, warps, stages in FORWARD if name == "forward" else BACKWARD:
                 run, usual = _kernel(shape, lengths, block, name, has_bias, device)
+                if name != "forward" and stages != 2 and not usual["TMA"]:
+                    continue  # they read out of range: see backward_options
                 own: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
-                if name == "forward":
+                if name in ("forward", "queries"):
                     own |= {"M": block, "N": step}
                 else:
                     is_once = options_of.adds_once(torch.bfloat16, block, step, warps)
@@ -102,7 +104,7 @@ def _kernel(
     tables = [torch.randn(1, n, device=device) for n in (shape.longest, NUM_TIME_BUCKETS)]
     by_distance = fused.distance_table(tables[0] if has_bias else None, layout, 1.0)
     by_bucket = fused.bucket_table(tables[1], 1.0) if has_bias else None
-    is_forward = name == "forward"
+    has_queries = name in ("forward", "queries")
     x = fused.inputs(
         q,
         k,
@@ -117,26 +119,28 @@ def _kernel(
         num_seen=None,
         window=0,
         is_sorted=int(layout.is_sorted),
-        users=layout.query_users if is_forward else layout.key_users,
-        begins=layout.query_begins if is_forward else layout.key_begins,
+        users=layout.query_users if has_queries else layout.key_users,
+        begins=layout.query_begins if has_queries else layout.key_begins,
         scale=1 / shape.longest,
     )
-    grid, out = (len(layout.query_users) * shape.num_heads,), torch.empty_like(q)
-    if is_forward:
-        rows = [q, k, v]
-        usual = options_of.forward_options(x, rows, block, has_bias)
+    grid, known = (len(layout.query_users) * shape.num_heads,), (block, has_bias)
+    rows, out = [q, k, v, grad], torch.empty_like(q)
+    if has_queries:
+        is_forward = name == "forward"
+        rows = rows[:3] if is_forward else rows
+        kernel = fused.forward if is_forward else fused.query_grads
+        usual_of = options_of.forward_options if is_forward else options_of.query_options
 
-        def run_forward(options: dict[str, Any]) -> None:
+        def run_by_queries(options: dict[str, Any]) -> None:
             arguments: Any = (*options_of.forward_rows(rows, options), out)
-            fused.forward[grid](x, *arguments, **options)
+            kernel[grid](x, *arguments, **options)
 
-        return run_forward, usual
-    rows = [q, k, v, grad]
+        return run_by_queries, usual_of(x, rows, *known)
     sums, num_rows = fused.table_sums(x, has_bias)
     grad_q = torch.zeros(size, device=device)
     ends: Any = (torch.empty_like(k), out, *sums, sums[0].shape[-1], num_rows)
 
-    def run_backward(options: dict[str, Any]) -> None:
+    def run_by_keys(options: dict[str, Any]) -> None:
         fused.backward[grid](x, *options_of.backward_rows(rows, grad_q, options), *ends, **options)
 
-    return run_backward, options_of.backward_options(x, rows, block, has_bias)
+    return run_by_keys, options_of.backward_options(x, rows, *known, part=name)

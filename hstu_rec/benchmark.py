@@ -83,10 +83,15 @@ def hold_scores(offsets: Tensor, times: Tensor, _later: Tensor, **_options: Any)
 
 def compare_steps(config: RunConfig, device: torch.device) -> Iterator[str]:
     """Lines of a table: the median step on jagged histories, on padded ones, and on padded ones whose scores
-    and bias are held whole, as HSTU is mostly written; that for layers with both biases. Collective."""
+    and bias are held whole, as HSTU is mostly written. Collective.
+
+    The last is for what is mostly written: silu with both biases, shared by the heads, no query time, no
+    window.
+    """
     medians, dataset, layers = {}, Dataset(config.data.path), config.encoder
     forms = {"jagged": TrainStream, "padded": PaddedStream}
-    if layers.attention == "silu" and layers.use_position_bias and layers.use_time_bias:
+    has_bias = layers.use_position_bias and layers.use_time_bias and not layers.is_bias_per_head
+    if has_bias and (layers.attention, layers.query_time, layers.window) == ("silu", "own", 0):
         forms["padded, held"] = PaddedStream
     for name, stream in forms.items():
         if name == "padded, held":

@@ -1,11 +1,13 @@
 """The dense part of a step as one CUDA graph: a small model's step is the host's, a launch an operation.
 
-A graph has tensors of fixed sizes. So a batch is filled up to sizes that many batches share: with histories
-of dummy events, whose positions are not scored, with candidates of weight 0, and with blocks of no user. A
-graph is captured for each combination of sizes, and replayed on copies of what comes.
+A graph has tensors of fixed sizes. So a batch is filled up to sizes that many batches share, an eighth more
+at most but for small ones: with histories of dummy events, whose positions are not scored, with candidates
+of weight 0, and with blocks of no user. A graph is captured for each combination of sizes, and replayed on
+copies of what comes.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -17,15 +19,19 @@ from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.distributed import tensors_of, with_tensors
 from hstu_rec.model import Lookup, NextItemModel
 from hstu_rec.ops.triton_layout import BlockLayout
-from hstu_rec.softmax import Negatives
+from hstu_rec.softmax import CHUNK_LOGITS, Negatives
 
-# Sizes are filled up to multiples of these: few sizes, and little to compute for nothing.
+# Sizes are filled up to multiples of these at least: few sizes, and little to compute for nothing.
 EVENTS, USERS, CANDIDATES, SEEN_RANGES, SEEN_PAIRS = 512, 64, 256, 1024, 4096
 # Dummy events that a batch has at least, so that pairs that stand for nothing have a place.
 MIN_DUMMIES = 128
+# A graph keeps its inputs and gradients; what it makes between shares one pool with the others.
+MAX_GRAPHS = 64
 
 
 def _up(size: int, step: int) -> int:
+    """`size` up to a multiple of `step`, or of an eighth of the power of 2 above."""
+    step = max(step, 2 ** (max(size - 1, 0).bit_length() - 3))
     return math.ceil(size / step) * step
 
 
@@ -37,15 +43,15 @@ def _filled(values: Tensor, size: int, value: Any = 0) -> Tensor:
 
 def filled_batch(batch: SequenceBatch, max_history_len: int) -> SequenceBatch:
     """The batch with dummy users after its own: item 0 at time 0."""
-    num_events, num_users = len(batch.item_ids), len(batch.offsets) - 1
+    num_events = len(batch.item_ids)
     size = _up(num_events + MIN_DUMMIES, EVENTS)
     dummies = torch.arange(num_events, size, max_history_len)[1:]
     ends = torch.cat([batch.offsets, dummies, torch.tensor([size])])
     # One user without events at least, whose are the blocks of no user.
-    most = num_users + _up(EVENTS + MIN_DUMMIES, max_history_len) // max_history_len + 2
+    num_users = _up(len(ends), USERS)
     names = ("item_ids", "timestamps", "next_timestamps", "target_ids")
     events = {name: _filled(getattr(batch, name), size) for name in names}
-    return replace(batch, **events, offsets=_filled(ends, _up(most, USERS) + 1, size))
+    return replace(batch, **events, offsets=_filled(ends, num_users + 1, size))
 
 
 def filled_negatives(negatives: Negatives, num_events: int, size: int) -> Negatives:
@@ -62,19 +68,26 @@ def filled_negatives(negatives: Negatives, num_events: int, size: int) -> Negati
         if (value := getattr(negatives, name)) is not None:
             changed[name] = _filled(value, size)
     if negatives.seen is not None:
+        num_logits = size * len(changed.get("ids", negatives.ids))
+        if num_logits > CHUNK_LOGITS["cuda"]:
+            raise ValueError(
+                f"a graph with loss.use_seen_bias holds all logits at once, {num_logits} here of at most "
+                f"{CHUNK_LOGITS['cuda']}; make batches smaller, or set train.cuda_graphs=false"
+            )
         changed |= _filled_seen(negatives.seen, num_events, size)
     return replace(negatives, **changed)
 
 
 def _filled_seen(seen: Tensor, num_events: int, size: int) -> dict[str, Any]:
-    """Ranges and pairs that stand for nothing: of dummy events and the first candidate."""
+    """Ranges and pairs that stand for nothing come first: of dummy events and the first candidate."""
     pairs = int((seen[1] - seen[0]).sum())
     wanted, dummies = _up(pairs + 1, SEEN_PAIRS), size - num_events
     whole, rest = divmod(wanted - pairs, dummies)
     ends = torch.tensor([size] * whole + [num_events + rest])
     ranges = torch.stack([torch.full_like(ends, num_events), ends, torch.zeros_like(ends)])
     count = _up(seen.shape[1] + SEEN_PAIRS // MIN_DUMMIES + 1, SEEN_RANGES)
-    return {"seen": _filled(torch.cat([seen, ranges], 1).T, count).T, "num_seen": wanted}
+    nothing = ranges.new_zeros(3, count - seen.shape[1] - ranges.shape[1])
+    return {"seen": torch.cat([ranges, nothing, seen], 1), "num_seen": wanted}
 
 
 def filled_lookup(lookup: Lookup, sizes: tuple[int, int, int]) -> Lookup:
@@ -99,7 +112,7 @@ class DenseGraphs:
     """`NextItemModel.dense` of filled inputs, as a graph on CUDA; elsewhere the same on its own copies."""
 
     def __init__(self, model: NextItemModel) -> None:
-        self._model = model
+        self._model, self._pool = model, None
         self._made: dict[Any, tuple[list[Tensor], Callable[[Tensor], Tensor]]] = {}
 
     def __call__(self, gathered: Tensor, *inputs: Any) -> Tensor:
@@ -107,6 +120,13 @@ class DenseGraphs:
         key = len(gathered), *(_form(value) for value in inputs)
         tensors = [tensor for value in inputs for tensor in tensors_of(value)]
         if key not in self._made:
+            if len(self._made) == MAX_GRAPHS:
+                warnings.warn(
+                    f"batches have had more than {MAX_GRAPHS} sizes; those of other sizes run without a "
+                    "graph: batches of data.batch_events events have fewer",
+                    stacklevel=2,
+                )
+                return self._model.dense(gathered, *inputs)
             self._made[key] = self._capture(gathered, inputs)
         copies, replay = self._made[key]
         for copy, tensor in zip(copies, tensors, strict=True):
@@ -123,7 +143,9 @@ class DenseGraphs:
             return copies, dense
         sample = gathered.detach().clone().requires_grad_()
         state = torch.cuda.get_rng_state(gathered.device)
-        replay: Any = torch.cuda.make_graphed_callables(dense, (sample,))
+        # Graphs of one pool overwrite each other's tensors: each is done before the next is replayed.
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        replay: Any = torch.cuda.make_graphed_callables(dense, (sample,), pool=self._pool)
         torch.cuda.set_rng_state(state, gathered.device)  # as if the graph had been there
         return copies, replay
 

@@ -23,6 +23,7 @@ from hstu_rec.item_table import ItemTable, SentIds, check_ids
 from hstu_rec.loss import NegativeSampler, with_seen
 from hstu_rec.model import Lookup, NextItemModel
 from hstu_rec.ops import JaggedLayout
+from hstu_rec.ops.triton_layout import BlockLayout
 from hstu_rec.softmax import Negatives
 
 
@@ -124,7 +125,8 @@ class InputPipeline:
         size = len(batch.item_ids)
         negatives = filled_negatives(negatives, num_events, size)
         lookup = filled_lookup(lookup, (size, size, len(negatives.ids)))
-        layout: Any = self._layout(batch)
+        layout = self._layout(batch)
+        assert isinstance(layout, BlockLayout)  # the kernel was checked
         return StepInput(batch, negatives, lookup, filled_layout(layout, longest))
 
 

@@ -143,7 +143,9 @@ def _fused(
     log_total = total.log2() + top
     losses, of_targets, scale = log_total - targets, target_weight / total - 1, scale / total
     if (counted := negatives.is_scored) is not None:
-        losses, of_targets, scale = losses * counted, of_targets * counted, scale * counted
+        losses, of_targets, scale = (
+            values.masked_fill(~counted, 0) for values in (losses, of_targets, scale)
+        )
         log_total = log_total.masked_fill(~counted, torch.inf)
     of_candidates = softmax_grads(x, log_total) / LOG2_E
     of_queries = sums.mixed * scale[:, None]
@@ -184,10 +186,10 @@ def _in_chunks(
         losses[part] = total.log2() + (top - target)
         grad_targets[part] = target_weight.div_(total).sub_(1)
         if negatives.is_scored is not None:
-            counted = negatives.is_scored[part]
-            losses[part] *= counted
-            grad_targets[part] *= counted
-            total = total.masked_fill(~counted, torch.inf)
+            not_counted = ~negatives.is_scored[part]
+            losses[part].masked_fill_(not_counted, 0)
+            grad_targets[part].masked_fill_(not_counted, 0)
+            total = total.masked_fill(not_counted, torch.inf)
         query = query / total[:, None]
         for (at, tile, seen), _ in exponentials:
             grad_queries[part].addmm_(tile, candidates[at])

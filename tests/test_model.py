@@ -134,7 +134,7 @@ def test_a_window_that_cannot_be_is_refused(options, problem):
     [
         ({}, 2),  # before and after attention, the same of all layers
         ({"attention": "softmax", "use_gate": False, "ffn_dim": 8}, 2),
-        ({"dropout": 0.5}, 5),  # our own dropout on CPU is compiled for each size
+        ({"dropout": 0.5}, 5),  # our own dropout on CPU breaks the graph
     ],
     ids=["hstu", "sasrec", "dropout"],
 )
@@ -160,7 +160,7 @@ def test_compiled_layers_do_the_same_for_any_number_of_events(options, num_graph
             grads = torch.autograd.grad(out.square().sum(), [x, *encoder.parameters()])
             found.append([out, *grads])
         torch.testing.assert_close(*found)
-    assert 0 < len(graphs) <= num_graphs
+    assert len(graphs) == num_graphs
 
 
 def test_the_query_time_of_the_next_event_is_used():

@@ -58,7 +58,7 @@ for dtype, width, is_rich in (
                 x, *of_rows, q, *ends, **options_of.repeatable_options(modes[0]), grid=(1,)
             ),
             kernels.query_grads.warmup(
-                x, *options_of.query_rows(of_rows, of_queries), q, **of_queries, grid=(1,)
+                x, *options_of.forward_rows(of_rows, of_queries), q, **of_queries, grid=(1,)
             ),
             *(
                 kernels.backward.warmup(

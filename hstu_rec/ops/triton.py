@@ -24,7 +24,6 @@ from hstu_rec.ops.triton_options import (
     forward_rows,
     parts_of,
     query_options,
-    query_rows,
     repeatable_options,
     rows_of,
 )
@@ -245,7 +244,7 @@ def _run_backward(
             arguments: Any = (*rows, grad_q, *ends)
             backward_queries[(num_programs,)](of_queries, *arguments, **own)
         elif len(parts) > 1:
-            arguments = (*query_rows(rows, own), grad_q)
+            arguments = (*forward_rows(rows, own), grad_q)
             query_grads[grid](of_queries, *arguments, **own)
         for each in options:
             arguments = (*backward_rows(rows, grad_q, each), grad_k, grad_v, *ends, num_rows)

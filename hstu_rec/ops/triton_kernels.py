@@ -50,6 +50,21 @@ from hstu_rec.ops.triton_parts import (
 
 
 @triton.jit
+def _first_keys(
+    x, place, num_seen, begin, M: tl.constexpr, N: tl.constexpr, HAS_WINDOW: tl.constexpr
+):
+    """(first key that a block of M queries meets, `time_ends` of the block and of the first N keys, buckets
+    before any tile)."""
+    oldest, ends, key_ends, buckets = 0, 0, 0, 0
+    if HAS_WINDOW:
+        oldest = tl.maximum(tl.minimum(begin, num_seen) - x.window + 1, 0) // N * N
+    if x.by_bucket is not None:
+        ends, buckets = time_ends(x.now, place, begin, M), no_buckets(x)
+        key_ends = time_ends(x.then, place, oldest, N)
+    return oldest, ends, key_ends, buckets
+
+
+@triton.jit
 def _bias_of_keys(
     x, place, num_seen, now, is_far, buckets, rows, start,
     N: tl.constexpr, NATIVE: tl.constexpr, IS_LOOKED_UP: tl.constexpr, CAN_BE_FAR: tl.constexpr,
@@ -104,18 +119,13 @@ def forward(
     place, num_seen, begin, rows = place_of(x, M)
     head, first, length = place
     q = load_rows(q, x.strides[0], x.head_strides[0], place, begin, x.attention_dim, M, A, TMA)
-    now, ends, key_ends, buckets = rows, 0, 0, 0
+    now = rows
     if x.by_bucket is not None:
         now = load_times(x.now, place, rows)
-        ends, buckets = time_ends(x.now, place, begin, M), no_buckets(x)
     mixed = tl.zeros([M, V], dtype=tl.float32)
     total = tl.zeros([M], dtype=tl.float32)
     top = tl.full([M], -float("inf"), dtype=tl.float32)
-    oldest = 0
-    if HAS_WINDOW:
-        oldest = tl.maximum(tl.minimum(begin, num_seen) - x.window + 1, 0) // N * N
-    if x.by_bucket is not None:
-        key_ends = time_ends(x.then, place, oldest, N)
+    oldest, ends, key_ends, buckets = _first_keys(x, place, num_seen, begin, M, N, HAS_WINDOW)
     # Candidates are seen by themselves alone, on the diagonal.
     for start in range(oldest, tl.minimum(begin, num_seen), N):
         is_far = False
@@ -171,14 +181,8 @@ def query_grads(
     place, num_seen, begin, rows = place_of(x, M)
     head, _first, length = place
     queries = load_queries(x, (q, grad_out), place, begin, A, V, M, TMA)
-    ends, key_ends, buckets = 0, 0, 0
     grads_q = tl.zeros([M, A], dtype=tl.float32)
-    oldest = 0
-    if HAS_WINDOW:
-        oldest = tl.maximum(tl.minimum(begin, num_seen) - x.window + 1, 0) // N * N
-    if x.by_bucket is not None:
-        ends, buckets = time_ends(x.now, place, begin, M), no_buckets(x)
-        key_ends = time_ends(x.then, place, oldest, N)
+    oldest, ends, key_ends, buckets = _first_keys(x, place, num_seen, begin, M, N, HAS_WINDOW)
     for start in range(oldest, tl.minimum(begin, num_seen), N):
         is_far = False
         if x.by_bucket is not None:

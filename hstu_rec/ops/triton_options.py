@@ -13,6 +13,8 @@ from hstu_rec.ops.triton_parts import Inputs
 # Products of float32 in three passes of TF32: as exact as float32's own, on the tensor cores.
 PRECISION = "tf32x3"
 HOPPER = 90
+# Widest heads whose gradients a program has room for together.
+MAX_WHOLE_WIDTH = 128
 
 
 def rows_of(*tensors: Tensor) -> list[Tensor]:
@@ -21,18 +23,20 @@ def rows_of(*tensors: Tensor) -> list[Tensor]:
 
 
 def takes_tma(rows: list[Tensor]) -> bool:
-    """Whether Hopper's tensor memory accelerator brings tiles of such rows: aligned, whole powers of two."""
+    """Whether Hopper's tensor memory accelerator brings tiles of such rows: aligned, whole powers of two, an
+    event's heads together."""
     return (
         _is_hopper()
         and rows[0].dtype != torch.float32
         and all(x.shape[2] == _padded(x.shape[2]) and x.data_ptr() % 16 == 0 for x in rows)
         and all(s > 0 and s * x.element_size() % 16 == 0 for x in rows for s in x.stride()[:2])
+        and all(x.stride(0) >= _reach(x) for x in rows)
     )
 
 
 def forward_rows(rows: list[Tensor], options: dict[str, Any]) -> Any:
-    """`forward`'s arguments for q, k, v."""
-    sizes = options["M"], options["N"], options["N"]
+    """Arguments for q, k, v of `forward`, and for grad_out as well of `query_grads`."""
+    sizes = (options["M"], options["N"], options["N"], options["M"])[: len(rows)]
     return [_described(*each) for each in zip(rows, sizes, strict=True)] if options["TMA"] else rows
 
 
@@ -48,8 +52,12 @@ def backward_rows(rows: list[Tensor], grad_q: Tensor, options: dict[str, Any]) -
 
 def _described(x: Tensor, size: int) -> TensorDescriptor:
     """Rows [T, H, W] that are read or written by so many events at a time."""
-    shape = [len(x), (x.shape[1] - 1) * x.stride(1) + x.shape[2]]
-    return TensorDescriptor(x, shape, [x.stride(0), 1], [size, x.shape[2]])
+    return TensorDescriptor(x, [len(x), _reach(x)], [x.stride(0), 1], [size, x.shape[2]])
+
+
+def _reach(x: Tensor) -> int:
+    """From an event's first entry to its last, in rows [T, H, W]."""
+    return (x.shape[1] - 1) * x.stride(1) + x.shape[2]
 
 
 def _padded(width: int) -> int:
@@ -133,9 +141,12 @@ def backward_options(
 
 def parts_of(x: Inputs, dtype: torch.dtype) -> tuple[str, ...]:
     """How often `backward` runs, and for what: heads wider than 128 leave room for one sum of their width,
-    over 128 keys. One H200, 131k events, four heads, all at once and in three parts: of 256, lengths to
-    4096, 13.3 ms (over 64 keys) and 6.6; of 128, lengths to 8192, 5.8 and 5.9, with times 10.0 and 13.6."""
-    is_wide = max(x.attention_dim, x.value_dim) > 128 and dtype != torch.float32
+    over 128 keys, and queries get theirs from `query_grads`.
+
+    One H200, 131k events, four heads, all at once and in three parts: of 256, lengths to 4096, 13.3 ms (over
+    64 keys) and 6.6; of 128, lengths to 8192, 5.8 and 5.9, with times 10.0 and 13.6.
+    """
+    is_wide = max(x.attention_dim, x.value_dim) > MAX_WHOLE_WIDTH and dtype != torch.float32
     return ("keys", "values") if is_wide else ("all",)
 
 
@@ -144,12 +155,6 @@ def query_options(x: Inputs, rows: list[Tensor], block: int, has_position: bool)
     known, has_tma = _options(x, rows[0].dtype, block, has_position), takes_tma(rows)
     own = {"M": block, "N": min(block, 32), "TMA": has_tma, "num_stages": 3 if has_tma else 2}
     return {**known, **own}
-
-
-def query_rows(rows: list[Tensor], options: dict[str, Any]) -> Any:
-    """`query_grads`' arguments for q, k, v, grad_out."""
-    sizes = options["M"], options["N"], options["N"], options["M"]
-    return [_described(*each) for each in zip(rows, sizes, strict=True)] if options["TMA"] else rows
 
 
 def repeatable_options(of_backward: dict[str, Any]) -> dict[str, Any]:
