@@ -24,7 +24,7 @@ from yaml import YAMLError
 
 from hstu_rec.data.stream import DataConfig
 from hstu_rec.distributed import DeviceChoice, Precision
-from hstu_rec.encoder import EncoderConfig
+from hstu_rec.encoder_config import EncoderConfig
 from hstu_rec.evaluator import EvalConfig
 from hstu_rec.item_table import TableConfig
 from hstu_rec.loss import LossConfig

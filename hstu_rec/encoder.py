@@ -5,13 +5,13 @@ With `attention="softmax"`, `use_gate=False` and an FFN the same encoder is SASR
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hstu_rec.distributed import is_hopper
+from hstu_rec.encoder_config import EncoderConfig, NormKind, chosen_kernel
 from hstu_rec.ops import (
     NUM_TIME_BUCKETS,
     AttentionKernel,
@@ -21,121 +21,8 @@ from hstu_rec.ops import (
     jagged_layout,
 )
 
-NormKind = Literal["layer", "rms", "none"]
-CalendarKind = Literal["none", "day", "week", "month"]
-
-# The widest heads that the fused kernel is tested with on a GPU.
-MAX_FUSED_WIDTH = 256
 # Seconds of a calendar bucket; a month is a twelfth of 365.25 days.
 CALENDAR_S = {"day": 86_400, "week": 604_800, "month": 2_629_800}
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
-    """The encoder's shape and options; the defaults are HSTU."""
-
-    dim: int = 64
-    """Width D of items, tokens and queries."""
-    num_layers: int = 2
-    """Number of layers."""
-    num_heads: int = 2
-    """Number of attention heads H."""
-    attention_dim: int = 0
-    """Width A of a head's queries and keys; 0 means dim / num_heads."""
-    value_dim: int = 0
-    """Width V of a head's values; 0 means dim / num_heads."""
-    max_history_len: int = 50
-    """Longest history in events (the newest are kept), and the n that silu attention is divided by."""
-    attention: AttentionKind = "silu"
-    """silu(q.k + bias) / n (HSTU) or softmax(q.k / sqrt(A) + bias) (SASRec)."""
-    attention_kernel: Literal["auto", "grouped", "triton"] = "auto"
-    """grouped: plain torch, users of like length together, on any device. triton: fused, on CUDA. auto:
-    triton on Hopper (H100, H200; but for float64 and heads wider than 256), else grouped."""
-    window: int = 0
-    """Newest events that an event attends to, itself (or the candidate) among them; 0 for all."""
-    use_gate: bool = True
-    """Multiplies the normed attention output by U, and passes the projections through silu."""
-    ffn_dim: int = 0
-    """Width of a feed-forward block after attention; 0 for none."""
-    norm: NormKind = "layer"
-    """Norm before the projections and of the attention output."""
-    final_norm: NormKind = "none"
-    """Norm of the encoder's output."""
-    dropout: float = 0.2
-    """Dropout on the input tokens and on every residual branch."""
-    use_position_bias: bool = True
-    """Learned attention bias by distance in events."""
-    use_time_bias: bool = True
-    """Learned attention bias by log bucket of the time difference."""
-    is_bias_per_head: bool = False
-    """One bias table a head rather than one for all."""
-    query_time: Literal["own", "next"] = "own"
-    """Time differences run to the event's own time, or to the time of the event to predict ("now")."""
-    calendar: CalendarKind = "none"
-    """Adds a learned embedding of the day, week or month of each event to its token and, with query_time
-    'next', one of the event to predict."""
-    calendar_begin: int = 0
-    """First second of the calendar; that of the training events when begin and end are 0."""
-    calendar_end: int = 0
-    """Last second of the calendar; times outside it count as its ends."""
-    use_position_embedding: bool = False
-    """Adds a learned embedding of the absolute position, counted from the oldest event."""
-
-    def problems(self) -> list[str]:
-        """What is wrong with these values, a sentence each."""
-        found = []
-        for name in ("dim", "num_layers", "num_heads", "max_history_len"):
-            if getattr(self, name) < 1:
-                found.append(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("attention_dim", "value_dim", "ffn_dim", "window"):
-            if getattr(self, name) < 0:
-                found.append(f"{name} must be at least 0; got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            found.append(f"dropout must be in [0, 1); got {self.dropout}")
-        if (
-            self.num_heads > 0
-            and self.dim % self.num_heads
-            and not (self.attention_dim and self.value_dim)
-        ):
-            found.append(
-                f"dim must be a multiple of num_heads unless attention_dim and value_dim are given; "
-                f"got {self.dim} and {self.num_heads}"
-            )
-        if self.query_time == "next" and not (self.use_time_bias or self.calendar != "none"):
-            found.append(
-                "query_time 'next' has no effect without use_time_bias or a calendar; set one of them"
-            )
-        if self.calendar == "none" and (self.calendar_begin or self.calendar_end):
-            found.append(
-                "calendar_begin and calendar_end have no effect with calendar 'none'; set day, week or month"
-            )
-        if self.calendar_end < self.calendar_begin:
-            found.append(
-                "calendar_end must not be before calendar_begin; got "
-                f"{self.calendar_end} and {self.calendar_begin}"
-            )
-        if 0 < self.max_history_len <= self.window:
-            found.append(
-                f"window {self.window} has no effect with max_history_len {self.max_history_len}; give 0"
-            )
-        if self.is_bias_per_head and not (self.use_time_bias or self.use_position_bias):
-            found.append("is_bias_per_head has no effect without a bias")
-        return found
-
-
-def head_width(config: EncoderConfig) -> int:
-    """Of a head's queries and keys or its values, whichever are wider."""
-    default = config.dim // config.num_heads
-    return max(config.attention_dim or default, config.value_dim or default)
-
-
-def chosen_kernel(config: EncoderConfig, is_hopper: bool, dtype: torch.dtype) -> AttentionKernel:
-    """What config.attention_kernel stands for, on such a GPU or not, with products in `dtype`."""
-    if config.attention_kernel != "auto":
-        return config.attention_kernel
-    is_narrow = head_width(config) <= MAX_FUSED_WIDTH
-    is_fused = is_hopper and dtype != torch.float64 and is_narrow
-    return "triton" if is_fused else "grouped"
 
 
 def make_norm(kind: NormKind, dim: int) -> nn.Module:
@@ -278,6 +165,23 @@ class HSTULayer(nn.Module):
         return x if self.ffn is None else x + self.ffn(x)
 
 
+def _check_events(offsets: Tensor, *times: Tensor | None) -> None:
+    if offsets.dtype != torch.int64 or offsets.ndim != 1 or not len(offsets):
+        raise ValueError(f"offsets must be int64 [B + 1]; got {offsets.dtype} {[*offsets.shape]}")
+    bounds = offsets.cpu()
+    if bounds[0] != 0 or (bounds.diff() < 0).any():
+        raise ValueError(
+            "offsets must start at 0 and never fall, user b's rows being offsets[b] .. offsets[b + 1]; got "
+            f"{bounds[:5].tolist()}..., perhaps lengths: give their sums, 0 first"
+        )
+    for name, given in zip(("timestamps", "next_timestamps"), times, strict=True):
+        if given is not None and (given.dtype, given.shape) != (torch.int64, (int(bounds[-1]),)):
+            raise ValueError(
+                f"{name} must be int64 [{int(bounds[-1])}] in s, one an event; got {given.dtype} "
+                f"{[*given.shape]}"
+            )
+
+
 class HSTUEncoder(nn.Module):
     """Layers over jagged histories. Raises ValueError with every problem of `config`."""
 
@@ -326,9 +230,10 @@ class HSTUEncoder(nn.Module):
 
         `dtype`: of the layers' products, bfloat16 under autocast; the parameters' when None.
 
-        Raises ValueError for a history longer than max_history_len, times that are missing, and candidates
-        as `jagged_layout` does.
+        Raises ValueError for a history longer than max_history_len, offsets and times that are no such
+        tensors or are missing, and candidates as `jagged_layout` does.
         """
+        _check_events(offsets, timestamps, next_timestamps)
         config, times = self.config, ()
         dtype = dtype or next(self.parameters()).dtype
         if config.use_time_bias:
@@ -404,6 +309,11 @@ class HSTUEncoder(nn.Module):
             layout = self.layout(
                 offsets, timestamps, next_timestamps, dtype=dtype, num_targets=num_targets
             )
+            if x.shape != (int(offsets[-1]), self.config.dim):
+                raise ValueError(
+                    f"x must be [{int(offsets[-1])}, {self.config.dim}], the last of offsets by dim; got "
+                    f"{[*x.shape]}"
+                )
         elif num_targets is not None:
             raise ValueError("num_targets is part of a layout; give it to layout() alone")
         if self.position_embedding is not None:

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import torch
 
-from hstu_rec.encoder import EncoderConfig
+from hstu_rec.encoder_config import EncoderConfig
 from hstu_rec.loss import LossConfig
 
 PEAK_SIZE = 8192

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from hstu_rec.encoder import EncoderConfig, HSTUEncoder
+from hstu_rec.encoder import HSTUEncoder
+from hstu_rec.encoder_config import EncoderConfig
 
 
 class HSTU(nn.Module):

@@ -18,6 +18,7 @@ from hstu_rec.config import OptimConfig, RunConfig
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.stream import TrainStream
 from hstu_rec.encoder import HSTUEncoder
+from hstu_rec.encoder_config import chosen_kernel
 from hstu_rec.graphs import DenseGraphs
 from hstu_rec.item_table import ItemTable, fill_rows, shard_model
 from hstu_rec.loss import NegativeSampler, SampledSoftmax
@@ -65,8 +66,8 @@ class Learner:
         )
         if config.train.compile:
             model.encoder.compile_layers()
+        check_graphs(config, device)
         if config.train.cuda_graphs:
-            _check_graphs(model, device)
             model.graphs = DenseGraphs(model)
         distributed.use_precision(config.train.precision)
         self.model = shard_model(model, config.table, device, seed)
@@ -180,8 +181,13 @@ class Learner:
         return {"model": self.model.state_dict(), "dense": moments, "fused": fused}
 
 
-def _check_graphs(model: NextItemModel, device: torch.device) -> None:
-    kernel, ranks = model.encoder.attention_kernel(model.dtype), distributed.world_size()
+def check_graphs(config: RunConfig, device: torch.device) -> None:
+    """Raises ValueError where train.cuda_graphs is set and cannot be."""
+    dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
+    kernel = chosen_kernel(config.encoder, distributed.is_hopper(device), dtype)
+    ranks = distributed.world_size()
+    if not config.train.cuda_graphs:
+        return
     if device.type != "cuda" or ranks > 1 or kernel != "triton":
         raise ValueError(
             "train.cuda_graphs is for one process on CUDA with the attention kernel triton; got "

@@ -5,7 +5,7 @@ epochs of Learner.step -> validation -> best and last checkpoint -> test with th
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hstu_rec.config import RunConfig, load, save, to_yaml
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.evaluator import evaluate
 from hstu_rec.flops import encoder_flops, loss_flops, peak_flops
-from hstu_rec.learner import Learner, resolved
+from hstu_rec.learner import Learner, check_graphs, resolved
 from hstu_rec.report import metric_table, write_report
 from hstu_rec.tracking import Tracker
 from hstu_rec.versions import versions
@@ -46,6 +46,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     with distributed.process_group(config.train.device) as device:
         dataset = Dataset(config.data.path)
         config = resolved(config, dataset)
+        check_graphs(config, device)  # before anything is written
         folder = _run_folder(config)
         if distributed.is_main():
             folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +78,9 @@ def evaluate_run(folder: Path, overrides: list[str]) -> dict[str, Any]:
     config = load(RunConfig, [str(folder / "config.yaml"), *overrides])
     with distributed.process_group(config.train.device) as device:
         dataset = Dataset(config.data.path)
-        learner = Learner(config, dataset, device)
+        # Of how it was trained; here it need not be a GPU.
+        train = replace(config.train, cuda_graphs=False, compile=False)
+        learner = Learner(replace(config, train=train), dataset, device)
         progress = _load(checkpoint.resolve(folder / "checkpoints", "best"), learner, dataset)
         return _result(config, learner, dataset, progress, versions())
 

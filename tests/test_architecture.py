@@ -23,7 +23,7 @@ LAYERS = [
     {"evaluator"},
     {"model", "hstu", "co_occurrence", "attention_forms", "flops"},
     {"encoder", "loss", "item_table"},
-    {"seen"},
+    {"seen", "encoder_config"},
     {"softmax"},
     {"data", "ops"},
     {"checkpoint", "tracking"},

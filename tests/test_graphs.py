@@ -39,7 +39,7 @@ def small(monkeypatch):
     """Sizes that several small batches share, the kernels everywhere."""
     for name, size in (("EVENTS", 32), ("USERS", 8), ("MIN_DUMMIES", 8), ("SEEN_PAIRS", 32)):
         monkeypatch.setattr(graphs, name, size)
-    monkeypatch.setattr(learner, "_check_graphs", lambda *_: None)
+    monkeypatch.setattr(learner, "check_graphs", lambda *_: None)
     monkeypatch.setattr(softmax, "fuses", lambda _hopper, _dtype, _width, has_seen: not has_seen)
 
 

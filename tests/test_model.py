@@ -6,7 +6,8 @@ import torch
 
 from hstu_rec.config import OptimConfig, RunConfig, load
 from hstu_rec.data.batch import SequenceBatch
-from hstu_rec.encoder import Dropout, EncoderConfig, HSTUEncoder, chosen_kernel
+from hstu_rec.encoder import Dropout, HSTUEncoder
+from hstu_rec.encoder_config import EncoderConfig, chosen_kernel
 from hstu_rec.hstu import HSTU
 from hstu_rec.item_table import ItemTable, TableConfig
 from hstu_rec.learner import rate_factor
@@ -161,6 +162,38 @@ def test_compiled_layers_do_the_same_for_any_number_of_events(options, num_graph
             found.append([out, *grads])
         torch.testing.assert_close(*found)
     assert len(graphs) == num_graphs
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"offsets": torch.tensor([5, 7])}, "start at 0 and never fall"),
+        ({"offsets": torch.tensor([0, 9, 5, 12])}, "start at 0 and never fall"),
+        ({"offsets": torch.tensor([0, 5, 12], dtype=torch.int32)}, "int64"),
+        ({"offsets": torch.tensor([0, 5, 11])}, r"timestamps must be int64 \[11\]"),
+        ({"timestamps": torch.arange(12.0)}, r"int64 \[12\] in s, one an event; got torch.float32"),
+        ({"timestamps": torch.arange(11)}, r"int64 \[12\]"),
+        ({"x": torch.randn(12, 4)}, r"x must be \[12, 8\]"),
+        ({"x": torch.randn(11, 8)}, r"x must be \[12, 8\]"),
+    ],
+)
+def test_tensors_that_are_no_events_are_refused(changed, sentence):
+    encoder = HSTUEncoder(EncoderConfig(dim=8, max_history_len=9))
+    given = {
+        "x": torch.randn(12, 8),
+        "offsets": torch.tensor([0, 5, 12]),
+        "timestamps": torch.arange(12),
+    }
+    assert encoder(**given).shape == (12, 8)
+    with pytest.raises(ValueError, match=sentence):
+        encoder(**{**given, **changed})
+
+
+@pytest.mark.parametrize("name", ["attention", "norm", "final_norm", "query_time", "calendar"])
+def test_a_choice_that_there_is_not_is_refused(name):
+    config = EncoderConfig(**{name: "Softmax"})
+    with pytest.raises(ValueError, match=f"{name} must be one of .*; got 'Softmax'"):
+        HSTUEncoder(config)
 
 
 def test_the_query_time_of_the_next_event_is_used():
