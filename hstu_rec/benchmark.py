@@ -63,13 +63,16 @@ class PaddedStream(TrainStream):
         return padded(super().batch(epoch, step, of_all_ranks), self.max_history_len)
 
 
-def step_times(learner: Learner, epoch: int, num_steps: int, before: int = 0) -> list[float]:
-    """Seconds of each of the first steps of an epoch, which `before` steps came before. Collective."""
+def step_times(
+    learner: Learner, epoch: int, num_steps: int, before: int = 0, *, is_apart: bool = False
+) -> list[float]:
+    """Seconds of each of the first steps of an epoch, which `before` steps came before; is_apart: each waits
+    for the GPU, else the last alone, as in training. Collective."""
     times = []
     for index in range(num_steps):
         began_at = time.perf_counter()
         learner.step(epoch, index, before + index)
-        if learner.device.type == "cuda":
+        if learner.device.type == "cuda" and (is_apart or index == num_steps - 1):
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began_at)
     return times
@@ -103,7 +106,7 @@ def compare_steps(config: RunConfig, device: torch.device) -> Iterator[str]:
             encoder.layout = hold_scores
         learner.begin()
         num_steps = min(NUM_STEPS, learner.stream.num_steps(0))
-        times = step_times(learner, 0, num_steps)
+        times = step_times(learner, 0, num_steps, is_apart=True)
         times = times[min(NUM_WARM_UP_STEPS, num_steps - 1) :]
         medians[name] = statistics.median(times)
         ratio = f"  ({medians[name] / medians['jagged']:.1f} times)" if len(medians) > 1 else ""

@@ -97,6 +97,8 @@ class TrainConfig:
     process. A graph is captured for each size of batch: the first steps are slow."""
     compile: bool = False
     """torch.compile of the layers but for attention, for wide models; the first step takes a minute."""
+    recompute: bool = False
+    """Keeps a layer's input alone and makes the rest again in backward: less memory, a longer step."""
     resume: str = "none"
     """none, auto (newest complete checkpoint of train.run_dir), or a checkpoint folder."""
     run_dir: str = ""
@@ -119,10 +121,11 @@ class TrainConfig:
             found.append(f"seed must be in 0..{2**32 - 1}; got {self.seed}")
         if self.resume == "auto" and not self.run_dir:
             found.append("resume 'auto' needs train.run_dir, the folder of the run to go on with")
-        if self.cuda_graphs and self.compile:
-            found.append(
-                "cuda_graphs is for small models, compile for wide ones; set one of them to false"
-            )
+        for name in ("compile", "recompute"):
+            if self.cuda_graphs and getattr(self, name):
+                found.append(
+                    f"cuda_graphs is for small models, {name} for large ones; set one of them to false"
+                )
         return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hstu_rec.distributed import is_hopper
 from hstu_rec.encoder_config import EncoderConfig, NormKind, chosen_kernel
@@ -190,6 +191,8 @@ class HSTUEncoder(nn.Module):
         if problems := config.problems():
             raise ValueError("EncoderConfig: " + "; ".join(problems))
         self.config = config
+        # Whether a layer keeps its input alone and makes the rest again in backward.
+        self.recomputes = False
         self.dropout = Dropout(config.dropout)
         self.position_embedding = (
             nn.Parameter(torch.randn(config.max_history_len, config.dim) * 0.02)
@@ -328,5 +331,8 @@ class HSTUEncoder(nn.Module):
                 x = x + calendar(times)
         x = self.dropout(x)
         for layer in self.layers:
-            x = layer(x, offsets, layout)
+            if self.recomputes and torch.is_grad_enabled():
+                x = checkpoint(layer, x, offsets, layout, use_reentrant=False)
+            else:
+                x = layer(x, offsets, layout)
         return self.final_norm(x)

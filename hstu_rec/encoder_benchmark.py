@@ -37,6 +37,8 @@ class EncoderTimes:
     """Dropout of the layers."""
     compile: bool = False
     """Compiles the layers, as train.compile."""
+    recompute: bool = False
+    """Keeps the layers' inputs alone, as train.recompute."""
     repeats: int = 20
     """Times that each is run, after three to warm up; the median is shown."""
 
@@ -75,7 +77,8 @@ def encoder_times(config: EncoderTimes, device: torch.device) -> Iterator[str]:
             encoder = encoder_of(Shape.of(text), num_layers, name, config.dropout)
             flops = encoder_flops(encoder, lengths.numpy())
             try:
-                work = training_work(encoder, lengths, name, dtype, device, config.compile)
+                modes = config.compile, config.recompute
+                work = training_work(encoder, lengths, name, dtype, device, *modes)
                 gib, seconds = peak_gib(work, device), median_s(work, config.repeats, device)
             except torch.OutOfMemoryError:
                 yield f"  {name:12s} out of memory"
@@ -108,6 +111,7 @@ def training_work(
     dtype: torch.dtype,
     device: torch.device,
     is_compiled: bool = False,
+    recomputes: bool = False,
 ) -> Callable[[], Tensor]:
     """Forward and backward of a batch of random histories; returns what the encoder gave."""
     torch.manual_seed(0)
@@ -117,6 +121,7 @@ def training_work(
     times = torch.cat([torch.randint(0, 10**8, (n,)).sort().values for n in lengths.tolist()])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     encoder = HSTUEncoder(config).to(device)
+    encoder.recomputes = recomputes
     if is_compiled:
         encoder.compile_layers()
     layout: Any = PaddedLayout(longest, times.view(-1, longest) if form == "padded+bias" else times)

@@ -64,6 +64,7 @@ class Learner:
             SampledSoftmax(config.loss).to(device),
             torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32,
         )
+        model.encoder.recomputes = config.train.recompute
         if config.train.compile:
             model.encoder.compile_layers()
         check_graphs(config, device)

@@ -196,6 +196,26 @@ def test_a_choice_that_there_is_not_is_refused(name):
         HSTUEncoder(config)
 
 
+def test_recomputed_layers_keep_less_and_give_the_same():
+    lengths, kept, found = [9, 3, 7], [], []
+    offsets, times = torch.tensor([0, *lengths]).cumsum(0), torch.arange(sum(lengths)) * 1000
+    torch.manual_seed(0)
+    encoder = HSTUEncoder(EncoderConfig(dim=8, num_layers=3, max_history_len=9, dropout=0.4))
+    x = torch.randn(sum(lengths), 8, requires_grad=True)
+    for recomputes in (False, True):
+        encoder.recomputes = recomputes
+        torch.manual_seed(1)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda saved, sizes=sizes: sizes.append(saved.nbytes) or saved, lambda saved: saved
+        ):
+            out = encoder(x, offsets, times)
+        kept.append(sum(sizes))
+        found.append([out, *torch.autograd.grad(out.square().sum(), [x, *encoder.parameters()])])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert kept[1] < kept[0] / 4
+
+
 def test_the_query_time_of_the_next_event_is_used():
     torch.manual_seed(0)
     config = EncoderConfig(dim=16, query_time="next")
