@@ -24,7 +24,7 @@ T = TypeVar("T", bound=Any)
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 # A use's place is part of its numbers: new ones come last.
-RandomUse = Literal["order of users", "rows", "negatives"]
+RandomUse = Literal["order of users", "rows", "negatives", "stochastic length"]
 RANDOM_USES: tuple[RandomUse, ...] = get_args(RandomUse)
 
 # A rank that dies is noticed by its peers after this long, when the launcher does not stop them first.

@@ -17,7 +17,7 @@ PEAK_REPEATS = 10
 
 
 def encoder_flops(config: EncoderConfig, lengths: np.ndarray) -> float:
-    """Forward and backward of histories with int64 `lengths` [B]."""
+    """Forward and backward of histories of `lengths` [B]."""
     heads = config.num_heads
     attention = config.attention_dim or config.dim // heads
     value = config.value_dim or config.dim // heads

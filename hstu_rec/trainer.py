@@ -117,7 +117,7 @@ def _fit(
 def _flops(config: RunConfig, learner: Learner, dataset: Dataset) -> tuple[float, float]:
     """(FLOPs of an epoch over all ranks, FLOP/s that the ranks' devices reach at most; 0 on CPU)."""
     stream, device = learner.stream, learner.device
-    lengths = stream.positions[stream.users]
+    lengths = stream.mean_lengths()
     flops = encoder_flops(config.encoder, lengths) + loss_flops(
         config.loss, config.encoder.dim, int(lengths.sum()), dataset.num_items
     )

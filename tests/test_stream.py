@@ -8,6 +8,7 @@ import pytest
 
 from hstu_rec import distributed
 from hstu_rec.data.dataset import Dataset
+from hstu_rec.data.stochastic_length import cut_lengths, kept_events, whole_share
 from hstu_rec.data.stream import DataConfig, TrainStream, deal
 from tests.datasets import write_dataset
 
@@ -100,3 +101,80 @@ def test_users_are_dealt_evenly_by_number_and_cost(num_hands):
 def test_more_ranks_than_users_leave_empty_hands():
     hands = deal(np.array([4, 9]), np.array([1, 3]), 4)
     assert [hand.tolist() for hand in hands] == [[9], [4], [], []]
+
+
+SHORT = {"batch_users": 7, "length_alpha": 1.2}  # 12 ** .6 is 4.4 events
+
+
+@pytest.mark.parametrize("choice", ["uniform", "newest"])
+def test_a_cut_history_keeps_events_in_order_and_the_next_event_as_target(
+    dataset, monkeypatch, choice
+):
+    stream = stream_of(dataset, length_choice=choice, **SHORT)
+    num_whole = num_cut = 0
+    for (batch,) in batches(stream, monkeypatch):
+        assert batch.num_targets_global == len(batch.item_ids)
+        for begin, end in zip(batch.offsets[:-1].tolist(), batch.offsets[1:].tolist(), strict=True):
+            items = batch.item_ids[begin:end]
+            user, place = int(items[0]) // 1000, items % 1000
+            assert (items // 1000 == user).all() and (place.diff() > 0).all()
+            assert (batch.target_ids[begin:end] == items + 1).all()
+            seconds = batch.next_timestamps[begin:end] - batch.timestamps[begin:end]
+            assert (seconds == 60).all()
+            length = stream.positions[user]
+            assert dataset.train_ends[user] - 1 - length <= place.min()
+            assert len(items) in ({length} if length <= 4 else {4, length})
+            num_whole += length > 4 and len(items) == length
+            num_cut += len(items) < length
+    assert num_cut > num_whole > 0
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_histories_are_cut_alike_on_any_number_of_ranks(dataset, monkeypatch, world_size):
+    stream = stream_of(dataset, length_choice="newest", **SHORT)
+    alone, shared = (batches(stream, monkeypatch, size) for size in (1, world_size))
+    assert targets(alone) == targets(shared)
+    assert targets(alone) != targets(batches(stream, monkeypatch, epoch=1))
+
+
+def test_lengths_are_cut_as_often_as_published():
+    lengths, longest, alpha = np.repeat([4, 5, 8, 12], 20_000), 12, 1.2
+    kept = cut_lengths(lengths, longest, alpha, np.random.default_rng(0)).reshape(4, -1)
+    assert (kept[0] == 4).all() and set(kept[1:].ravel()) == {4, 5, 8, 12}
+    for length, found in zip([5, 8, 12], kept[1:], strict=True):
+        assert (found == length).mean() == pytest.approx(12**1.2 / length**2, abs=0.02)
+    # alpha of 2 cuts nothing.
+    assert (whole_share(lengths, longest, 2.0) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("choice", "weights"), [("uniform", np.ones(4)), ("newest", np.arange(1.0, 5))]
+)
+def test_events_are_kept_in_proportion_to_their_weights(choice, weights):
+    users = np.arange(30_000)
+    lengths = np.full(len(users), 4)
+    kept = kept_events(lengths, np.ones_like(users), users, 5, choice).reshape(-1, 4)
+    assert (kept.sum(1) == 1).all()
+    np.testing.assert_allclose(kept.mean(0), weights / weights.sum(), atol=0.01)
+    # Of each user's own, whoever else is there.
+    some = kept_events(lengths[7:9], np.ones(2, dtype=int), users[7:9], 5, choice)
+    assert (some.reshape(-1, 4) == kept[7:9]).all()
+    two = kept_events(lengths, np.full(len(users), 2), users, 5, choice).reshape(-1, 4)
+    assert (two.sum(1) == 2).all() and (two | ~kept).all()  # drawn one after another
+
+
+def test_the_mean_of_positions_is_that_of_epochs(dataset, monkeypatch):
+    stream = stream_of(dataset, **SHORT)
+    found = [
+        sum(batch.num_targets_global for (batch,) in batches(stream, monkeypatch, epoch=epoch))
+        for epoch in range(60)
+    ]
+    assert stream.num_positions() == pytest.approx(np.mean(found), rel=0.02)
+    assert stream.num_positions() < 0.8 * stream_of(dataset, batch_users=7).num_positions()
+
+
+@pytest.mark.parametrize("alpha", [-1.0, 1.0, 2.1])
+def test_an_alpha_that_cannot_be_is_refused(alpha):
+    (problem,) = DataConfig(length_alpha=alpha).problems()
+    assert problem == f"length_alpha must be in (1, 2], or 0 for off; got {alpha}"
+    assert "no effect without length_alpha" in DataConfig(length_choice="newest").problems()[0]

@@ -3,13 +3,13 @@
 1. users with at least two training events are permuted by a counter-based generator of (seed, epoch)
 2. the permutation is cut into global batches, by users or by events
 3. the batch's users are dealt to the ranks by length, so that none waits for another; each rank
-   reads its users' newest events, no padding
+   reads its users' newest events, or with stochastic length some of them, no padding
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,13 @@ import torch
 from hstu_rec import distributed
 from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.data.dataset import Dataset
+from hstu_rec.data.stochastic_length import (
+    Choice,
+    cut_lengths,
+    kept_events,
+    short_length,
+    whole_share,
+)
 
 Split = Literal["valid", "test"]
 
@@ -31,6 +38,11 @@ class DataConfig:
     """Users a step, over all ranks together; 0 when batch_events says it."""
     batch_events: int = 0
     """Events to predict a step, at most, over all ranks together; 0 when batch_users says it."""
+    length_alpha: float = 0.0
+    """Stochastic length: histories of more than max_history_len ** (this / 2) events are mostly cut to so
+    many in training; in (1, 2], the less the shorter; 0 for off."""
+    length_choice: Choice = "uniform"
+    """Which events are kept then: any, or newest, in proportion to their place from the oldest."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
@@ -44,7 +56,18 @@ class DataConfig:
                 "batch_users and batch_events: exactly one must be above 0; got "
                 f"{self.batch_users} and {self.batch_events}"
             )
+        if self.length_alpha and not 1 < self.length_alpha <= 2:
+            found.append(f"length_alpha must be in (1, 2], or 0 for off; got {self.length_alpha}")
+        if self.length_choice != "uniform" and not self.length_alpha:
+            found.append("length_choice has no effect without length_alpha; set one of them")
         return found
+
+
+class _EpochPlan(NamedTuple):
+    users: np.ndarray  # in the epoch's order
+    lengths: np.ndarray  # their trained positions
+    bounds: np.ndarray  # [steps + 1] of the batches
+    key: int  # of `kept_events`
 
 
 class TrainStream:
@@ -63,35 +86,51 @@ class TrainStream:
         self.positions = np.minimum(dataset.train_ends - 1, max_history_len)
         self._epoch_plan = lru_cache(maxsize=1)(self._make_epoch_plan)
 
-    def _make_epoch_plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(users in the epoch's order, bounds [steps + 1] of its batches)."""
+    def _make_epoch_plan(self, epoch: int) -> "_EpochPlan":
         generator = distributed.generator("order of users", self.seed, epoch)
         order = self.users[generator.permutation(len(self.users))]
+        lengths, alpha, key = self.positions[order], self.config.length_alpha, 0
+        if alpha:
+            generator = distributed.generator("stochastic length", self.seed, epoch)
+            key = int(generator.integers(2**63))
+            lengths = cut_lengths(lengths, self.max_history_len, alpha, generator)
         if self.config.batch_users:
             bounds = np.arange(0, len(order), self.config.batch_users)
-            return order, np.append(bounds, len(order))
-        total = np.cumsum(self.positions[order])
+            return _EpochPlan(order, lengths, np.append(bounds, len(order)), key)
+        total = np.cumsum(lengths)
         bounds = [0]
         while bounds[-1] < len(order):
             spent = total[bounds[-1] - 1] if bounds[-1] else 0
             end = int(np.searchsorted(total, spent + self.config.batch_events, side="right"))
             bounds.append(max(end, bounds[-1] + 1))
-        return order, np.array(bounds)
+        return _EpochPlan(order, lengths, np.array(bounds), key)
 
     def num_steps(self, epoch: int) -> int:
         """Steps of that epoch; the last batch may be smaller, none is dropped."""
-        return len(self._epoch_plan(epoch)[1]) - 1
+        return len(self._epoch_plan(epoch).bounds) - 1
+
+    def mean_lengths(self) -> np.ndarray:
+        """float64: trained positions of each of `users`, in the mean of epochs."""
+        lengths = self.positions[self.users]
+        if not (alpha := self.config.length_alpha):
+            return lengths.astype(np.float64)
+        share = whole_share(lengths, self.max_history_len, alpha)
+        short = np.minimum(lengths, short_length(self.max_history_len, alpha))
+        return share * lengths + (1 - share) * short
 
     def num_positions(self) -> int:
-        """Trained positions of an epoch, over all ranks."""
-        return int(self.positions[self.users].sum())
+        """Trained positions of an epoch, over all ranks; with stochastic length in the mean."""
+        return round(self.mean_lengths().sum())
 
     def batch(self, epoch: int, step: int, of_all_ranks: bool = False) -> SequenceBatch:
         """This rank's part of a global batch, which may be empty, or the parts of all, by rank."""
-        order, bounds = self._epoch_plan(epoch)
-        everyone = order[bounds[step] : bounds[step + 1]]
-        parts = deal(everyone, self.positions[everyone], distributed.world_size())
-        users = np.concatenate(parts) if of_all_ranks else parts[distributed.rank()]
+        plan = self._epoch_plan(epoch)
+        part = slice(plan.bounds[step], plan.bounds[step + 1])
+        everyone, kept = plan.users[part], plan.lengths[part]
+        num_positions = int(kept.sum())
+        hands = deal(np.arange(len(everyone)), kept, distributed.world_size())
+        mine = np.concatenate(hands) if of_all_ranks else hands[distributed.rank()]
+        users, kept = everyone[mine], kept[mine]
         ends = self.dataset.train_ends[users]
         begins = ends - 1 - self.positions[users]
         items, times, offsets = self.dataset.gather(users, begins, ends)
@@ -100,13 +139,18 @@ class TrainStream:
         is_input[offsets[1:] - 1] = False
         is_target = np.ones(len(items), dtype=bool)
         is_target[offsets[:-1]] = False
+        inputs, targets = np.flatnonzero(is_input), np.flatnonzero(is_target)
+        if self.config.length_alpha:
+            whole, choice = self.positions[users], self.config.length_choice
+            is_kept = kept_events(whole, kept, users, plan.key, choice)
+            inputs, targets = inputs[is_kept], targets[is_kept]
         return SequenceBatch(
-            item_ids=torch.from_numpy(items[is_input]),
-            timestamps=torch.from_numpy(times[is_input]),
-            next_timestamps=torch.from_numpy(times[is_target]),
-            offsets=torch.from_numpy(offsets - np.arange(len(offsets))),
-            target_ids=torch.from_numpy(items[is_target]),
-            num_targets_global=int(self.positions[everyone].sum()),
+            item_ids=torch.from_numpy(items[inputs]),
+            timestamps=torch.from_numpy(times[inputs]),
+            next_timestamps=torch.from_numpy(times[targets]),
+            offsets=torch.from_numpy(np.append(0, np.cumsum(kept))),
+            target_ids=torch.from_numpy(items[targets]),
+            num_targets_global=num_positions,
         )
 
 
