@@ -123,15 +123,15 @@ def backward_options(
     known = _options(x, dtype, block, has_position)
     width, can_tma = max(known["A"], known["V"]), takes_tma(rows)
     has_tma = can_tma and (width <= 64 or x.by_bucket is None or part == "values")
-    is_narrow = width > 128 or (width > 64 and (has_tma or x.by_bucket is not None))
-    step, num_stages = min(block, 32 if is_narrow else 64), 3 if has_tma else 2
+    is_narrow = width > 64 and (has_tma or x.by_bucket is not None)
+    step, num_stages = _wide_step(width) or (32 if is_narrow else 64), 3 if has_tma else 2
     return {
         **known,
-        "M": step,
+        "M": min(block, step),
         "N": block,
         "TMA": has_tma,
         "TMA_SUM": can_tma and width > 64,
-        "ONCE": adds_once(dtype, block, step, known["num_warps"]),
+        "ONCE": adds_once(dtype, block, min(block, step), known["num_warps"]),
         "IS_ALONE": is_alone,
         "IS_REPEATABLE": is_repeatable,
         "PART": part,
@@ -153,8 +153,16 @@ def parts_of(x: Inputs, dtype: torch.dtype) -> tuple[str, ...]:
 def query_options(x: Inputs, rows: list[Tensor], block: int, has_position: bool) -> dict[str, Any]:
     """What `query_grads` is compiled with."""
     known, has_tma = _options(x, rows[0].dtype, block, has_position), takes_tma(rows)
-    own = {"M": block, "N": min(block, 32), "TMA": has_tma, "num_stages": 3 if has_tma else 2}
+    step = _wide_step(max(known["A"], known["V"])) or 32
+    own = {"M": block, "N": min(block, step), "TMA": has_tma, "num_stages": 3 if has_tma else 2}
     return {**known, **own}
+
+
+def _wide_step(width: int) -> int:
+    """Events at a time for which wide heads leave shared memory: half as many before Hopper; 0 for others."""
+    if width <= MAX_WHOLE_WIDTH:
+        return 0
+    return 32 if _is_hopper() else 16
 
 
 def repeatable_options(of_backward: dict[str, Any]) -> dict[str, Any]:
