@@ -85,7 +85,7 @@ def _filled_seen(seen: Tensor, num_events: int, size: int) -> dict[str, Any]:
     whole, rest = divmod(wanted - pairs, dummies)
     ends = torch.tensor([size] * whole + [num_events + rest])
     ranges = torch.stack([torch.full_like(ends, num_events), ends, torch.zeros_like(ends)])
-    count = _up(seen.shape[1] + SEEN_PAIRS // MIN_DUMMIES + 1, SEEN_RANGES)
+    count = _up(seen.shape[1] + ranges.shape[1], SEEN_RANGES)
     nothing = ranges.new_zeros(3, count - seen.shape[1] - ranges.shape[1])
     return {"seen": torch.cat([ranges, nothing, seen], 1), "num_seen": wanted}
 

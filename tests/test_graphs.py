@@ -133,6 +133,23 @@ def test_graphs_without_a_gpu_are_refused(path):
         Learner(config, Dataset(path), device)
 
 
+@pytest.mark.parametrize("num_ranges", [0, 1, 1000, 1023, 20_000])
+def test_seen_pairs_are_filled_up_in_order_with_those_of_dummies(num_ranges):
+    num_events, size = 5000, 5000 + graphs.MIN_DUMMIES
+    first = torch.randint(0, num_events - 60, (num_ranges,))
+    ends = first + torch.randint(1, 60, (num_ranges,))
+    seen = torch.stack([first, ends, torch.randint(0, NUM_ITEMS, (num_ranges,)).sort().values])
+    negatives = softmax.Negatives(torch.arange(NUM_ITEMS), largest_part=NUM_ITEMS, seen=seen)
+    filled = graphs.filled_negatives(negatives, num_events, size)
+    first, ends, places = filled.seen
+    assert int((ends - first).sum()) == filled.num_seen > int((seen[1] - seen[0]).sum())
+    assert (places.diff() >= 0).all() and filled.seen.is_contiguous()
+    added = len(places) - num_ranges
+    assert torch.equal(filled.seen[:, added:], seen)
+    is_pair = ends[:added] > first[:added]
+    assert (first[:added][is_pair] == num_events).all() and ends[:added].max() <= size
+
+
 def test_few_sizes_are_filled_up_to():
     sizes = [graphs._up(size, 64) for size in range(1, 10_000)]
     assert all(0 <= up - size < max(64, size / 4) for size, up in enumerate(sizes, 1))
