@@ -100,6 +100,11 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
+def product_dtype(precision: Precision) -> torch.dtype:
+    """Of the dense part's products under that precision."""
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
 def use_precision(precision: Precision) -> None:
     """Lets CUDA take TF32 for products of float32, or not, in this process."""
     torch.backends.cuda.matmul.fp32_precision = "ieee" if precision == "float32" else "tf32"

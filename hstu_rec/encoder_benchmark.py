@@ -62,7 +62,7 @@ class EncoderTimes:
 def encoder_times(config: EncoderTimes, device: torch.device) -> Iterator[str]:
     """Lines of a table, the forms of a shape one after another: forward and backward of the encoder."""
     distributed.use_precision(config.precision)
-    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    dtype = distributed.product_dtype(config.precision)
     peak = peak_flops(device, dtype) if device.type == "cuda" else math.nan
     reached = "" if math.isnan(peak) else f"; a product of 8192 squares: {peak / 1e12:.0f} TFLOP/s"
     yield (

@@ -62,7 +62,7 @@ class Learner:
             self.table,
             HSTUEncoder(config.encoder).to(device),
             SampledSoftmax(config.loss).to(device),
-            torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32,
+            distributed.product_dtype(config.train.precision),
         )
         model.encoder.recomputes = config.train.recompute
         if config.train.compile:
@@ -184,11 +184,11 @@ class Learner:
 
 def check_graphs(config: RunConfig, device: torch.device) -> None:
     """Raises ValueError where train.cuda_graphs is set and cannot be."""
-    dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
-    kernel = chosen_kernel(config.encoder, distributed.is_hopper(device), dtype)
-    ranks = distributed.world_size()
     if not config.train.cuda_graphs:
         return
+    dtype = distributed.product_dtype(config.train.precision)
+    kernel = chosen_kernel(config.encoder, distributed.is_hopper(device), dtype)
+    ranks = distributed.world_size()
     if device.type != "cuda" or ranks > 1 or kernel != "triton":
         raise ValueError(
             "train.cuda_graphs is for one process on CUDA with the attention kernel triton; got "

@@ -68,7 +68,7 @@ def loss_times(config: LossTimes, device: torch.device) -> Iterator[str]:
     """Lines of a table, the forms of a case one after another: forward and backward."""
     distributed.use_precision(config.precision)
     precision = config.precision if device.type == "cuda" else "float32"
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    dtype = distributed.product_dtype(precision)
     yield f"{precision}; forward + backward; memory beyond the inputs; times the first form"
     for text in config.cases or CASES[device.type]:
         case, first = Case.of(text), math.nan

@@ -123,7 +123,7 @@ def _flops(config: RunConfig, learner: Learner, dataset: Dataset) -> tuple[float
     )
     if device.type != "cuda":
         return flops, 0.0
-    dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
+    dtype = distributed.product_dtype(config.train.precision)
     return flops, peak_flops(device, dtype) * distributed.world_size()
 
 
