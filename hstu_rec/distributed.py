@@ -294,6 +294,20 @@ def start_reading(scalar: torch.Tensor, wait: Callable[[], None]) -> Callable[[]
     return read_host
 
 
+def beside(device: torch.device, work: Callable[[], T]) -> T:
+    """The dataclass that `work` makes; on CUDA without a wait for what the device is doing, and there before
+    it does what comes next."""
+    if device.type != "cuda":
+        return work()
+    now, stream = torch.cuda.current_stream(device), _side_stream(device)
+    with torch.cuda.stream(stream):
+        made = work()
+    now.wait_stream(stream)
+    for tensor in tensors_of(made):
+        tensor.record_stream(now)
+    return made
+
+
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
