@@ -20,8 +20,8 @@ from hstu_rec.data.stream import TrainStream
 from hstu_rec.distributed import on_device
 from hstu_rec.graphs import filled_batch, filled_layout, filled_lookup, filled_negatives
 from hstu_rec.item_table import ItemTable, SentIds, check_ids
-from hstu_rec.loss import NegativeSampler, with_seen
 from hstu_rec.model import Lookup, NextItemModel
+from hstu_rec.negatives import NegativeSampler, with_seen
 from hstu_rec.ops import JaggedLayout
 from hstu_rec.ops.triton_layout import BlockLayout
 from hstu_rec.softmax import Negatives
@@ -115,7 +115,7 @@ class InputPipeline:
 
     def _make(self, place: Place) -> StepInput:
         batch = self._stream.batch(place.epoch, place.batch)
-        negatives = self._sampler.draw(place.step, batch.target_ids)
+        negatives = self._sampler.draw(place.step, batch)
         if self._sampler.config.use_seen_bias:
             is_shared = negatives.is_divided and distributed.world_size() > 1
             of_all = self._stream.batch(*place[:2], of_all_ranks=True) if is_shared else batch
