@@ -16,7 +16,7 @@ from hstu_rec.baselines import baseline_metrics
 from hstu_rec.config import RunConfig, load, save, to_yaml
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.evaluator import evaluate
-from hstu_rec.flops import encoder_flops, loss_flops, peak_flops
+from hstu_rec.flops import history_flops, peak_flops
 from hstu_rec.learner import Learner, check_graphs, resolved
 from hstu_rec.report import metric_table, write_report
 from hstu_rec.tracking import Tracker
@@ -118,9 +118,7 @@ def _flops(config: RunConfig, learner: Learner, dataset: Dataset) -> tuple[float
     """(FLOPs of an epoch over all ranks, FLOP/s that the ranks' devices reach at most; 0 on CPU)."""
     stream, device = learner.stream, learner.device
     lengths = stream.mean_lengths()
-    flops = encoder_flops(config.encoder, lengths) + loss_flops(
-        config.loss, config.encoder.dim, int(lengths.sum()), dataset.num_items
-    )
+    flops = float(history_flops(config.encoder, config.loss, dataset.num_items, lengths).sum())
     if device.type != "cuda":
         return flops, 0.0
     dtype = distributed.product_dtype(config.train.precision)
@@ -158,7 +156,8 @@ def _train_epoch(
     for index in range(learner.stream.num_steps(progress.epoch)):
         loss = learner.step(progress.epoch, index, progress.step)
         if progress.step % log_every_steps == 0:
-            tracker.log("train", progress.step, {"loss": loss})
+            imbalance = learner.stream.imbalance(progress.epoch, index)
+            tracker.log("train", progress.step, {"loss": loss, "imbalance": imbalance})
         progress.step += 1
     return loss
 
