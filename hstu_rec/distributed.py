@@ -202,6 +202,11 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
+def num_cores() -> int:
+    """CPU cores that are this process's share of those it may run on."""
+    return max(len(os.sched_getaffinity(0)) // max(local_world_size(), 1), 1)
+
+
 def is_launched() -> bool:
     """True in a process that torchrun or torchx started."""
     return "RANK" in os.environ
