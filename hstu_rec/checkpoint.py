@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from hstu_rec import distributed
+from hstu_rec import distributed, hosts
 
 MANIFEST, META = "manifest.json", "meta.json"
 FORMAT_VERSION = 1
@@ -145,24 +145,10 @@ def write_file(path: Path, content: bytes) -> None:
 
 def _together(function: Callable[[], T]) -> list[T]:
     """Every rank's result, by rank; a failure on any of them raises on all."""
-    result: T | None = None
-    failure: Exception | None = None
-    sentence: str | None = None
     try:
-        result = function()
-    except ValueError as error:
-        failure, sentence = error, str(error)
-    except Exception as error:
-        failure, sentence = error, f"{type(error).__name__}: {error}"
-    mine = (result, sentence)
-    everyone = [mine]
-    if distributed.world_size() > 1:
-        everyone = [mine] * distributed.world_size()
-        dist.all_gather_object(everyone, mine)
-    # The same sentence from several ranks is told once.
-    if sentences := dict.fromkeys(text for _, text in everyone if text is not None):
-        raise CheckpointError("; ".join(sentences)) from failure
-    return [value for value, _ in everyone]  # type: ignore[misc]
+        return hosts.together(function)
+    except hosts.RankError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _on_main(function: Callable[[], T]) -> T:

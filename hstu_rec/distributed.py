@@ -8,11 +8,13 @@ import ctypes
 import functools
 import hashlib
 import os
+import socket
 import struct
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from datetime import timedelta
+from ipaddress import ip_address
 from itertools import accumulate
 from typing import Any, Literal, TypeVar, get_args
 
@@ -39,7 +41,7 @@ MAX_MMAP_THRESHOLD = 2**25
 def start(device: DeviceChoice = "auto") -> torch.device:
     """Joins (or, in a single process, makes) the process group and returns this rank's device.
 
-    Raises ValueError when CUDA is asked for and absent.
+    Raises ValueError when CUDA is asked for and absent, and where other hosts could not reach this one.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
@@ -60,11 +62,41 @@ def start(device: DeviceChoice = "auto") -> torch.device:
         # Both back ends: CPU tensors (row counts, guards) travel over gloo also in a CUDA run.
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         if is_launched():
+            _check_reachable()
             dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
         else:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
     return chosen
+
+
+def _check_reachable() -> None:
+    """Raises ValueError where gloo would wait for other hosts at the loopback address: it takes that of this
+    host's name, which many systems give to 127.0.1.1, unless it is told an interface."""
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    is_one_host = os.environ.get("LOCAL_WORLD_SIZE", world_size) == world_size
+    if is_one_host or "GLOO_SOCKET_IFNAME" in os.environ or _is_loopback(os.environ["MASTER_ADDR"]):
+        return
+    name = socket.gethostname()
+    try:
+        address = str(socket.getaddrinfo(name, None)[0][4][0])
+    except OSError:
+        address = ""
+    if not address or _is_loopback(address):
+        where = f"is {address}, which no other host reaches" if address else "has no address"
+        raise ValueError(
+            f"the processes are on several hosts, but this one's name, {name}, {where}; set "
+            "GLOO_SOCKET_IFNAME (and on CUDA NCCL_SOCKET_IFNAME) to the network interface between the "
+            "hosts, one of: " + ", ".join(one for _, one in socket.if_nameindex())
+        )
+
+
+def _is_loopback(address: str) -> bool:
+    """Of an address, or of the name that stands for it everywhere."""
+    try:
+        return ip_address(address.split("%")[0]).is_loopback
+    except ValueError:
+        return address == "localhost"
 
 
 def _keep_freed_memory() -> None:

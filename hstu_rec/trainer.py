@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from hstu_rec import checkpoint, distributed
+from hstu_rec import checkpoint, distributed, hosts
 from hstu_rec.baselines import baseline_metrics
-from hstu_rec.config import RunConfig, load, save, to_yaml
+from hstu_rec.config import RunConfig, leaves, load, save, to_yaml
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.evaluator import evaluate
 from hstu_rec.flops import history_flops, peak_flops
@@ -44,12 +44,12 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     made_with = versions()  # now, because the source may change while it trains
     with distributed.process_group(config.train.device) as device:
-        dataset = Dataset(config.data.path)
+        dataset = _opened(config, made_with)
         config = resolved(config, dataset)
         check_graphs(config, device)  # before anything is written
         folder = _run_folder(config)
+        hosts.make_shared(folder, "train.run_dir")
         if distributed.is_main():
-            folder.mkdir(parents=True, exist_ok=True)
             save(config, folder / "config.yaml")
         distributed.barrier()
         with Tracker(folder, distributed.is_main()) as tracker:
@@ -77,12 +77,27 @@ def evaluate_run(folder: Path, overrides: list[str]) -> dict[str, Any]:
         )
     config = load(RunConfig, [str(folder / "config.yaml"), *overrides])
     with distributed.process_group(config.train.device) as device:
-        dataset = Dataset(config.data.path)
+        dataset = _opened(config, versions())
         # Of how it was trained; here it need not be a GPU.
         train = replace(config.train, cuda_graphs=False, compile=False)
         learner = Learner(replace(config, train=train), dataset, device)
         progress = _load(checkpoint.resolve(folder / "checkpoints", "best"), learner, dataset)
         return _result(config, learner, dataset, progress, versions())
+
+
+def _opened(config: RunConfig, made_with: dict[str, str | None]) -> Dataset:
+    """The dataset. Raises ValueError on all ranks when one has none, or other settings, code or data."""
+    hosts.check_alike("the settings", leaves(config), "give every process the same")
+    hosts.check_alike("the versions", made_with, "install and check out the same on every host")
+    datasets: list[Dataset] = []
+    hosts.together(lambda: datasets.append(Dataset(config.data.path)))
+    (dataset,) = datasets
+    hosts.check_alike(
+        f"the data in data.path {dataset.path}",
+        dataset.identity,
+        "copy the folder of one host to the others, or share it",
+    )
+    return dataset
 
 
 def _fit(
@@ -291,22 +306,29 @@ def _run_folder(config: RunConfig) -> Path:
     Raises ValueError on all ranks when another run is there already, or train.resume is nowhere.
     """
     resume = config.train.resume
+    hosts.together(lambda: _check_resume(resume))
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = Path(distributed.broadcast_text(config.train.run_dir or f"runs/{stamp}-{config.name}"))
+    # Process 0 looks, because it also begins to write.
+    hosts.on_main(lambda: _check_unused(folder, resume))
+    return folder
+
+
+def _check_resume(resume: str) -> None:
     if resume not in ("none", "auto") and not Path(resume).is_dir():
         raise ValueError(
             f"train.resume '{resume}' does not exist; give none, auto (the newest checkpoint of "
             "train.run_dir), or a checkpoint's folder, RUN/checkpoints/step_<number>"
         )
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = Path(distributed.broadcast_text(config.train.run_dir or f"runs/{stamp}-{config.name}"))
+
+
+def _check_unused(folder: Path, resume: str) -> None:
     is_own = resume == "auto" or Path(resume).is_relative_to(folder)
-    is_used = any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl"))
-    # Rank 0 looks, because it also begins to write.
-    if distributed.broadcast_text("used" if is_used and not is_own else ""):
+    if not is_own and any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl")):
         raise ValueError(
             f"train.run_dir {folder} holds a run already; give another folder, remove this one, or go "
             "on with that run: train.resume=auto"
         )
-    return folder
 
 
 def _opening(config: RunConfig, dataset: Dataset, learner: Learner, folder: Path) -> str:

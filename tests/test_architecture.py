@@ -27,6 +27,7 @@ LAYERS = [
     {"softmax"},
     {"data", "ops"},
     {"checkpoint", "tracking"},
+    {"hosts"},
     {"distributed", "versions"},
 ]
 TORCHREC_USERS = {"item_table.py"}

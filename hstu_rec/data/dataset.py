@@ -67,6 +67,13 @@ class Dataset:
         """The statistics that are single values."""
         return {k: v for k, v in self.stats.items() if isinstance(v, int | float | str)}
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What copies of the folder have in common: statistics, the hash of item ids, sizes of the files."""
+        facts = {name: value for name, value in self.facts.items() if name != "prepare_s"}
+        sizes = {name: (self.path / name).stat().st_size for name in FILES if "json" not in name}
+        return facts | {"split": self.stats.get("split")} | sizes
+
     @cached_property
     def _item_table(self) -> pa.Table:
         return pq.read_table(self.path / "items.parquet")
