@@ -1,15 +1,17 @@
 """Training batches: a function of (seed, epoch, step, rank), every user once, the ranks' work alike."""
 
 import functools
+import itertools
 import operator
 
 import numpy as np
 import pytest
 
 from hstu_rec import distributed
+from hstu_rec.data import dataset as dataset_module
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.stochastic_length import cut_lengths, kept_events, whole_share
-from hstu_rec.data.stream import DataConfig, TrainStream, deal
+from hstu_rec.data.stream import DataConfig, TrainStream, deal, eval_batches
 from tests.datasets import write_dataset
 
 MAX_HISTORY_LEN = 12
@@ -83,6 +85,65 @@ def test_batches_by_events_stay_within_the_limit(dataset, monkeypatch):
     steps = batches(stream_of(dataset, batch_users=0, batch_events=40), monkeypatch)
     assert max(ranks[0].num_targets_global for ranks in steps) <= 40
     assert len(steps) < len(dataset.train_ends) / 2
+
+
+def gathered_by_ranks(read, world_size, monkeypatch):
+    """[rank] rows of the events' files that `read()` takes, each as often as it is taken."""
+    rows = []
+    take = dataset_module._take
+
+    def counted(chunks, wanted):
+        rows[-1].append(wanted)
+        return take(chunks, wanted)
+
+    monkeypatch.setattr(dataset_module, "_take", counted)
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+    for rank in range(world_size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        rows.append([])
+        read()
+    return [np.concatenate(one) for one in rows]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("settings", [{}, {"length_alpha": 1.2}])
+def test_ranks_read_events_of_their_own_users_alone_and_together_all(
+    dataset, monkeypatch, world_size, settings
+):
+    stream = stream_of(dataset, batch_users=7, **settings)
+
+    def read():
+        for step in range(stream.num_steps(0)):
+            stream.batch(0, step)
+
+    ranks = gathered_by_ranks(read, world_size, monkeypatch)
+    # Items and timestamps of a row, once each: on one rank, and on no other.
+    found, times = np.unique(np.concatenate(ranks), return_counts=True)
+    assert (times == 2).all()
+    expected = []
+    for start, end in zip(dataset.starts, dataset.train_ends, strict=True):
+        if end >= 2:
+            expected += range(start + max(0, end - 1 - MAX_HISTORY_LEN), start + end)
+    assert found.tolist() == expected
+    shares = [len(rows) for rows in ranks]
+    if not settings:  # cut histories are dealt by what is left of them, and read whole
+        assert max(shares) - min(shares) < 0.2 * np.mean(shares)
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_ranks_read_the_histories_of_their_own_queries_alone(dataset, monkeypatch, split):
+    ranks = gathered_by_ranks(
+        lambda: list(eval_batches(dataset, split, MAX_HISTORY_LEN, 9)), 3, monkeypatch
+    )
+    rows = [set(one.tolist()) for one in ranks]
+    assert all(not one & other for one, other in itertools.combinations(rows, 2))
+    limits = dataset.valid_ends if split == "valid" else dataset.lengths
+    starts = dataset.starts
+    assert set().union(*rows) == {
+        row
+        for start, limit in zip(starts, limits, strict=True)
+        for row in range(start, start + limit)
+    }
 
 
 @pytest.mark.parametrize("num_hands", [1, 2, 5, 8, 64])
