@@ -74,14 +74,13 @@ class Dataset:
         sizes = {name: (self.path / name).stat().st_size for name in FILES if "json" not in name}
         return facts | {"split": self.stats.get("split")} | sizes
 
-    @cached_property
-    def _item_table(self) -> pa.Table:
-        return pq.read_table(self.path / "items.parquet")
+    def _item_column(self, name: str) -> pa.ChunkedArray:
+        return pq.read_table(self.path / "items.parquet", columns=[name]).column(0)
 
-    @property
+    @cached_property
     def item_ids(self) -> pa.ChunkedArray:
         """Own id of every item, by index."""
-        return self._item_table.column("item_id")
+        return self._item_column("item_id")
 
     @property
     def user_ids(self) -> pa.ChunkedArray:
@@ -91,7 +90,7 @@ class Dataset:
     @property
     def train_counts(self) -> np.ndarray:
         """int64 [N]: events of each item in the training part."""
-        return _as_numpy(self._item_table.column("train_count"))
+        return _as_numpy(self._item_column("train_count"))
 
     @property
     def items_by_count(self) -> np.ndarray:
