@@ -18,6 +18,7 @@ TRAIN = [
     *("apps/train.py", "name=two", "train.device=cpu", "train.max_epochs=2", "train.patience=0"),
     *("train.eval_every_epochs=1", "train.log_every_steps=1", "data.batch_users=8"),
     *("encoder.dim=8", "encoder.max_history_len=9", "loss.num_negatives=12"),
+    "eval.with_baselines=false",
 ]
 # A host takes its name and its table of names, waits for the cable, and runs the command.
 HOST = """
@@ -135,7 +136,9 @@ from hstu_rec.config import run_app
 def main(arguments):
     with distributed.process_group("cpu"):
         total = distributed.all_reduce_sum(torch.tensor([1, distributed.rank()]))
-        print("sum", total.tolist(), "on this host", distributed.local_world_size())
+        local = distributed.local_world_size()
+        # In one piece, because both processes of a host write to one file.
+        print(f"sum {total.tolist()} on this host {local}\\n", end="", flush=True)
 
 run_app(main)
 """
