@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu_rec import distributed
-from hstu_rec.data.dataset import Dataset
-from hstu_rec.data.stream import EvalBatch, Split, eval_batches
+from hstu_rec.data.stream import EvalBatch, Sequences, Split, eval_batches
 from hstu_rec.item_table import local_shards
 from hstu_rec.model import NextItemModel
 
@@ -281,7 +280,7 @@ def rank_metrics(ranks: Tensor, ks: Sequence[int]) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(
-    sharded: Any, dataset: Dataset, split: Split, config: EvalConfig, device: torch.device
+    sharded: Any, dataset: Sequences, split: Split, config: EvalConfig, device: torch.device
 ) -> dict[str, Any]:
     """Metrics of a sharded NextItemModel: {"num_users", "num_repeated_targets", "seen_allowed": {...},
     "seen_masked": {...}}.

@@ -14,7 +14,7 @@ import torch
 from hstu_rec import checkpoint, distributed
 from hstu_rec.baselines import baseline_metrics
 from hstu_rec.config import RunConfig, load, save, to_yaml
-from hstu_rec.data.dataset import Dataset
+from hstu_rec.data.stream import Sequences, open_dataset
 from hstu_rec.evaluator import evaluate
 from hstu_rec.flops import encoder_flops, loss_flops, peak_flops
 from hstu_rec.learner import Learner, check_graphs, resolved
@@ -44,7 +44,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     made_with = versions()  # now, because the source may change while it trains
     with distributed.process_group(config.train.device) as device:
-        dataset = Dataset(config.data.path)
+        dataset = open_dataset(config.data)
         config = resolved(config, dataset)
         check_graphs(config, device)  # before anything is written
         folder = _run_folder(config)
@@ -77,7 +77,7 @@ def evaluate_run(folder: Path, overrides: list[str]) -> dict[str, Any]:
         )
     config = load(RunConfig, [str(folder / "config.yaml"), *overrides])
     with distributed.process_group(config.train.device) as device:
-        dataset = Dataset(config.data.path)
+        dataset = open_dataset(config.data)
         # Of how it was trained; here it need not be a GPU.
         train = replace(config.train, cuda_graphs=False, compile=False)
         learner = Learner(replace(config, train=train), dataset, device)
@@ -88,7 +88,7 @@ def evaluate_run(folder: Path, overrides: list[str]) -> dict[str, Any]:
 def _fit(
     config: RunConfig,
     learner: Learner,
-    dataset: Dataset,
+    dataset: Sequences,
     folder: Path,
     tracker: Tracker,
     progress: Progress,
@@ -114,7 +114,7 @@ def _fit(
     bar.close()
 
 
-def _flops(config: RunConfig, learner: Learner, dataset: Dataset) -> tuple[float, float]:
+def _flops(config: RunConfig, learner: Learner, dataset: Sequences) -> tuple[float, float]:
     """(FLOPs of an epoch over all ranks, FLOP/s that the ranks' devices reach at most; 0 on CPU)."""
     stream, device = learner.stream, learner.device
     lengths = stream.mean_lengths()
@@ -166,7 +166,7 @@ def _train_epoch(
 def _validate(
     config: RunConfig,
     learner: Learner,
-    dataset: Dataset,
+    dataset: Sequences,
     folder: Path,
     tracker: Tracker,
     progress: Progress,
@@ -202,7 +202,7 @@ def _seen_bias(learner: Learner) -> float | None:
 
 
 def _resume(
-    config: RunConfig, learner: Learner, dataset: Dataset, folder: Path, tracker: Tracker
+    config: RunConfig, learner: Learner, dataset: Sequences, folder: Path, tracker: Tracker
 ) -> Progress:
     """Loads the checkpoint that train.resume names, or begins anew."""
     root, found = folder / "checkpoints", None
@@ -228,7 +228,7 @@ def _resume(
     return progress
 
 
-def _load(path: Path, learner: Learner, dataset: Dataset) -> Progress:
+def _load(path: Path, learner: Learner, dataset: Sequences) -> Progress:
     """Fills the learner from a checkpoint. Raises ValueError when it was trained on other items."""
     meta = checkpoint.load(path, learner.state())
     if meta.get("items") != dataset.stats.get("item_map_hash"):
@@ -242,7 +242,7 @@ def _load(path: Path, learner: Learner, dataset: Dataset) -> Progress:
 def _result(
     config: RunConfig,
     learner: Learner,
-    dataset: Dataset,
+    dataset: Sequences,
     progress: Progress,
     made_with: dict[str, str | None],
 ) -> dict[str, Any]:
@@ -310,7 +310,7 @@ def _run_folder(config: RunConfig) -> Path:
     return folder
 
 
-def _opening(config: RunConfig, dataset: Dataset, learner: Learner, folder: Path) -> str:
+def _opening(config: RunConfig, dataset: Sequences, learner: Learner, folder: Path) -> str:
     """What a run says before it starts."""
     num_dense = sum(p.numel() for p in learner.dense)
     table_mib = dataset.num_items * config.encoder.dim * 4 / 2**20
