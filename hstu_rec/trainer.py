@@ -14,7 +14,9 @@ import torch
 from hstu_rec import checkpoint, distributed
 from hstu_rec.baselines import baseline_metrics
 from hstu_rec.config import RunConfig, load, save, to_yaml
+from hstu_rec.data.known_best import best_recall
 from hstu_rec.data.stream import Sequences, open_dataset
+from hstu_rec.data.synthetic import SyntheticDataset
 from hstu_rec.evaluator import evaluate
 from hstu_rec.flops import encoder_flops, loss_flops, peak_flops
 from hstu_rec.learner import Learner, check_graphs, resolved
@@ -269,10 +271,12 @@ def _result(
             "seed": config.train.seed,
             "split": dataset.stats["split"],
             "data": dataset.facts,
+            **_of_frequent(config, test),
         },
         "test": {part: test[part] for part in PARTS},
         "valid": {part: valid[part] for part in PARTS},
         "baselines": baselines,
+        "further": _further(config, dataset, test),
         "timing": {
             "prepare_s": dataset.stats.get("prepare_s"),
             "train_s": progress.train_s,
@@ -284,6 +288,26 @@ def _result(
         },
         "versions": made_with,
     }
+
+
+def _of_frequent(config: RunConfig, test: dict[str, Any]) -> dict[str, int]:
+    """The protocol of eval.min_train_count."""
+    if not (least := config.eval.min_train_count):
+        return {}
+    return {"min_train_count": least, "num_frequent_targets": test["frequent"]["num_users"]}
+
+
+def _further(config: RunConfig, dataset: Sequences, test: dict[str, Any]) -> dict[str, Any]:
+    """Rows over frequent targets alone, and where it is known what the best possible result is."""
+    least, rows = config.eval.min_train_count, {}
+    if least:
+        rows[f"model, {least}+ events"] = {part: test["frequent"][part] for part in PARTS}
+    if isinstance(dataset, SyntheticDataset):
+        for count in sorted({0, least}):
+            best = {k: best_recall(dataset, "test", k, count)["expected"] for k in config.eval.ks}
+            name = "best possible" + (f", {count}+ events" if count else "")
+            rows[name] = {"seen_allowed": {f"recall@{k}": value for k, value in best.items()}}
+    return rows
 
 
 def _run_folder(config: RunConfig) -> Path:

@@ -28,6 +28,7 @@ from hstu_rec.data.synthetic import (
     names,
     write_events,
 )
+from hstu_rec.trainer import train
 
 SIZES = [1, 2, 3, 64, 97, 600]
 
@@ -257,6 +258,36 @@ def test_wrong_settings_are_all_told() -> None:
         assert sentence in str(caught.value)
     with pytest.raises(ValueError, match="zipf_exponent must be a number of at least 0; got nan"):
         made(zipf_exponent=float("nan"))
+
+
+def test_a_run_on_a_made_catalogue_comes_near_the_best(tmp_path: Path) -> None:
+    settings = [
+        "data.path=synthetic",
+        "data.synthetic.num_items=60",
+        "data.synthetic.num_users=600",
+    ]
+    settings += ["encoder.dim=32", "encoder.dropout=0", "loss.negatives=all", "data.batch_users=32"]
+    settings += ["train.max_epochs=10", "train.eval_every_epochs=5", "train.device=cpu"]
+    settings += ["eval.min_train_count=20", "eval.ks=[1,10]", "eval.with_baselines=false"]
+    config = load(
+        RunConfig, [*settings, "train.select=seen_allowed/ndcg@10", f"train.run_dir={tmp_path}"]
+    )
+    result = train(config)
+    further, protocol = result["further"], result["protocol"]
+    best = further["best possible"]["seen_allowed"]["recall@1"]
+    assert 0.8 < best < 0.83
+    assert best - 0.1 < result["test"]["seen_allowed"]["recall@1"] < best + 0.04
+    assert set(further) == {"model, 20+ events", "best possible", "best possible, 20+ events"}
+    assert 0 < protocol["num_frequent_targets"] <= protocol["num_users"] == 600
+    report = (tmp_path / "report.md").read_text()
+    assert "| best possible, 20+ events | allowed" in report
+    assert "20+ events: over the " in report
+    with pytest.raises(
+        ValueError, match=r"no valid target occurs 9999 times .* eval.min_train_count"
+    ):
+        train(
+            load(RunConfig, [*settings, "eval.min_train_count=9999", f"train.run_dir={tmp_path}/2"])
+        )
 
 
 def test_a_dataset_is_opened_by_its_path(tmp_path: Path) -> None:
