@@ -179,7 +179,7 @@ def test_training_counts_are_those_of_the_histories() -> None:
         for item in items[begin : end - 2]:
             counts[item] += 1
     assert data.train_counts.tolist() == counts.tolist()
-    by_count = sorted(range(80), key=lambda item: (-counts[item], item))
+    by_count = sorted(range(80), key=lambda item: (counts[item], item))
     assert data.items_by_count.tolist() == by_count
 
 

@@ -170,8 +170,8 @@ class SyntheticDataset:
 
     @cached_property
     def items_by_count(self) -> np.ndarray:
-        """int64 [N]: the items, those with most training events first, ties by index."""
-        return np.argsort(-self.train_counts, kind="stable")
+        """int64 [N]: items by rising train count, ties by index."""
+        return np.argsort(self.train_counts, kind="stable")
 
     def train_time_range(self) -> tuple[int, int]:
         """Times in s of the first and last training event."""
