@@ -202,6 +202,11 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
+def num_cores() -> int:
+    """CPU cores that are this process's share of those it may run on."""
+    return max(len(os.sched_getaffinity(0)) // max(local_world_size(), 1), 1)
+
+
 def is_launched() -> bool:
     """True in a process that torchrun or torchx started."""
     return "RANK" in os.environ
@@ -292,6 +297,20 @@ def start_reading(scalar: torch.Tensor, wait: Callable[[], None]) -> Callable[[]
         return float(host)
 
     return read_host
+
+
+def beside(device: torch.device, work: Callable[[], T]) -> T:
+    """The dataclass that `work` makes; on CUDA without a wait for what the device is doing, and there before
+    it does what comes next."""
+    if device.type != "cuda":
+        return work()
+    now, stream = torch.cuda.current_stream(device), _side_stream(device)
+    with torch.cuda.stream(stream):
+        made = work()
+    now.wait_stream(stream)
+    for tensor in tensors_of(made):
+        tensor.record_stream(now)
+    return made
 
 
 @functools.cache

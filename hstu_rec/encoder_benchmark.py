@@ -75,7 +75,7 @@ def encoder_times(config: EncoderTimes, device: torch.device) -> Iterator[str]:
         yield f"{text}, {num_layers} layers: {len(lengths)} users, {int(lengths.sum())} events"
         for name in config.forms:
             encoder = encoder_of(Shape.of(text), num_layers, name, config.dropout)
-            flops = encoder_flops(encoder, lengths.numpy())
+            flops = float(encoder_flops(encoder, lengths.numpy()).sum())
             try:
                 modes = config.compile, config.recompute
                 work = training_work(encoder, lengths, name, dtype, device, *modes)

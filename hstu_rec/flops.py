@@ -16,8 +16,8 @@ PEAK_SIZE = 8192
 PEAK_REPEATS = 10
 
 
-def encoder_flops(config: EncoderConfig, lengths: np.ndarray) -> float:
-    """Forward and backward of histories of `lengths` [B]."""
+def encoder_flops(config: EncoderConfig, lengths: np.ndarray) -> np.ndarray:
+    """float64 [B]: forward and backward of histories of `lengths` [B]."""
     heads = config.num_heads
     attention = config.attention_dim or config.dim // heads
     value = config.value_dim or config.dim // heads
@@ -26,14 +26,26 @@ def encoder_flops(config: EncoderConfig, lengths: np.ndarray) -> float:
     reach = np.minimum(lengths, config.window) if config.window else lengths
     # The first `reach` queries see 1, 2, .. keys, the others `reach` each.
     pairs = reach * (reach + 1) / 2 + (lengths - reach) * reach
-    dense = 3 * 2 * weights * float(lengths.sum())
-    return config.num_layers * (dense + 3.5 * 2 * heads * (attention + value) * float(pairs.sum()))
+    return config.num_layers * (
+        3 * 2 * weights * lengths + 3.5 * 2 * heads * (attention + value) * pairs
+    )
 
 
-def loss_flops(config: LossConfig, dim: int, num_positions: int, num_items: int) -> float:
-    """Scores of positions and candidates and their gradients; 0 for in_batch, whose candidates vary."""
+def loss_flops(
+    config: LossConfig, dim: int, num_positions: np.ndarray, num_items: int
+) -> np.ndarray:
+    """float64 [B]: scores of positions [B] and candidates and their gradients; 0 for in_batch, whose
+    candidates vary."""
     counts = {"all": num_items, "in_batch": 0}
-    return 3 * 2 * dim * float(num_positions) * counts.get(config.negatives, config.num_negatives)
+    return 3.0 * 2 * dim * counts.get(config.negatives, config.num_negatives) * num_positions
+
+
+def history_flops(
+    encoder: EncoderConfig, loss: LossConfig, num_items: int, lengths: np.ndarray
+) -> np.ndarray:
+    """float64 [B]: those of a training step that are of each history."""
+    of_loss = loss_flops(loss, encoder.dim, lengths, num_items)
+    return encoder_flops(encoder, lengths) + of_loss
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

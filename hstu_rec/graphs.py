@@ -90,8 +90,10 @@ def _filled_seen(seen: Tensor, num_events: int, size: int) -> dict[str, Any]:
     return {"seen": torch.cat([ranges, nothing, seen], 1), "num_seen": wanted}
 
 
-def filled_lookup(lookup: Lookup, sizes: tuple[int, int, int]) -> Lookup:
+def filled_lookup(lookup: Lookup, sizes: tuple[int, ...]) -> Lookup:
     """The lookup with places of row 0 up to `sizes` of histories, targets and negatives."""
+    if sizes == lookup.counts:
+        return lookup
     parts = lookup.places.split(lookup.counts)
     places = [_filled(part, size) for part, size in zip(parts, sizes, strict=True)]
     return replace(lookup, places=torch.cat(places), counts=sizes)

@@ -18,10 +18,12 @@ from hstu_rec.config import OptimConfig, RunConfig
 from hstu_rec.data.stream import Sequences, TrainStream
 from hstu_rec.encoder import HSTUEncoder
 from hstu_rec.encoder_config import chosen_kernel
+from hstu_rec.flops import history_flops
 from hstu_rec.graphs import DenseGraphs
 from hstu_rec.item_table import ItemTable, fill_rows, shard_model
-from hstu_rec.loss import NegativeSampler, SampledSoftmax
+from hstu_rec.loss import SampledSoftmax
 from hstu_rec.model import NextItemModel
+from hstu_rec.negatives import NegativeSampler
 from hstu_rec.pipeline import InputPipeline, Meanwhile, Place
 
 # The seen bias learns at this multiple of optim.lr: it has units to go where Adam's steps are as long as the
@@ -55,7 +57,9 @@ class Learner:
         config = resolved(config, dataset)
         self.config, self.device = config, device
         seed = config.train.seed
-        self.stream = stream(dataset, config.data, config.encoder.max_history_len, seed)
+        costs_of = partial(history_flops, config.encoder, config.loss, dataset.num_items)
+        longest = config.encoder.max_history_len
+        self.stream = stream(dataset, config.data, longest, seed, costs_of)
         self.table = ItemTable(config.table, dataset.num_items, config.encoder.dim, device)
         model = NextItemModel(
             self.table,
@@ -71,7 +75,7 @@ class Learner:
             model.graphs = DenseGraphs(model)
         distributed.use_precision(config.train.precision)
         self.model = shard_model(model, config.table, device, seed)
-        sampler = NegativeSampler(config.loss, dataset.num_items, dataset.train_counts, seed)
+        sampler = NegativeSampler(config.loss, dataset, seed)
         self.inputs = InputPipeline(self.stream, sampler, model, self.table, device)
         self.encoder, self.loss = model.encoder, model.loss
         encoder = [p for p in model.encoder.parameters() if p.requires_grad]

@@ -2,24 +2,20 @@
 
     loss_p = log(exp(z_p . y_p) + sum_{r: id_r != target_p} exp(z_p . e_r)) - z_p . y_p
 
-Sampled candidates are few: every rank scores its own queries against all of them. The catalogue is
-divided: every rank scores all queries against its own part, so that queries travel and rows do not
-(Megatron-LM's vocabulary-parallel cross entropy, arXiv 1909.08053, section 3).
+Few candidates are scored by every rank against its own queries. Many, and the catalogue, are divided: every
+rank scores all queries against its own part, so that queries travel and rows do not (Megatron-LM's
+vocabulary-parallel cross entropy, arXiv 1909.08053, section 3).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hstu_rec import distributed
-from hstu_rec.data.batch import SequenceBatch
-from hstu_rec.seen import seen_candidates, seen_targets
 from hstu_rec.softmax import LOG2_E, Negatives, SoftmaxLoss
 
-NegativeKind = Literal["all", "uniform", "frequency", "in_batch", "mixed"]
+NegativeKind = Literal["all", "uniform", "frequency", "log_uniform", "in_batch", "mixed"]
 
 # The least probability that logQ is taken of.
 MIN_PROBABILITY = 1e-12
@@ -36,12 +32,15 @@ class LossConfig:
     """The retrieval loss."""
 
     negatives: NegativeKind = "uniform"
-    """all items (exact softmax), uniform, by training frequency, in_batch (targets of all ranks), or
-    mixed (half uniform, half by frequency)."""
+    """all items (exact softmax), uniform, by training frequency, log_uniform (by rank in it, Zipf's law),
+    in_batch (targets of all ranks), or mixed (half uniform, half by frequency)."""
     num_negatives: int = 1024
     """Negatives drawn a step and shared by all positions of all ranks; unused by all and in_batch."""
     frequency_power: float = 0.75
     """Negatives by frequency are drawn in proportion to count ** this."""
+    exchange: Literal["auto", "queries", "negatives"] = "auto"
+    """What travels between ranks when negatives are drawn: their rows to all ranks, or the queries to the
+    ranks that own the rows; auto is fewer bytes of the two (unused by all, where queries travel)."""
     use_logq: bool = False
     """Subtracts the log of each candidate's probability of being drawn from its logit (unused by all)."""
     similarity: Literal["cosine", "dot"] = "cosine"
@@ -63,66 +62,6 @@ class LossConfig:
         if self.use_logq and self.negatives == "all":
             found.append("use_logq has no effect with negatives 'all'; set one of them")
         return found
-
-
-class NegativeSampler:
-    """Draws the negatives of a step from (seed, step) alone."""
-
-    def __init__(
-        self, config: LossConfig, num_items: int, train_counts: np.ndarray, seed: int
-    ) -> None:
-        self.config, self.num_items, self.seed = config, num_items, seed
-        weights = np.asarray(train_counts, dtype=np.float64) ** config.frequency_power
-        self._frequency = weights / weights.sum()
-        self._cumulative = np.cumsum(self._frequency)
-        self._log_q = self._make_log_q(np.asarray(train_counts, dtype=np.float64))
-
-    def _make_log_q(self, counts: np.ndarray) -> Tensor | None:
-        """log of each item's probability at one draw, or None without the correction."""
-        config = self.config
-        if not config.use_logq:
-            return None
-        uniform = np.full(self.num_items, 1 / self.num_items)
-        expected = {
-            "uniform": uniform,
-            "frequency": self._frequency,
-            "mixed": (uniform + self._frequency) / 2,
-            "in_batch": counts / counts.sum(),
-        }[config.negatives]
-        return torch.from_numpy(np.log(np.maximum(expected, MIN_PROBABILITY))).float()
-
-    def draw(self, step: int, target_ids: Tensor) -> Negatives:
-        """Candidates of `step` for this rank's `target_ids` (int64 [P]), on CPU; collective for in_batch."""
-        kind, count = self.config.negatives, self.config.num_negatives
-        if kind == "all":
-            # Parts as TorchRec's row-wise sharding has them, so that each rank looks up its own rows.
-            size = -(-self.num_items // distributed.world_size())
-            bounds = [min(size * r, self.num_items) for r in range(distributed.world_size() + 1)]
-            mine = torch.arange(*bounds[distributed.rank() : distributed.rank() + 2])
-            return Negatives(mine, largest_part=size, is_whole=len(mine) == self.num_items)
-        if kind == "in_batch":
-            drawn = distributed.all_gather_rows(target_ids)
-        else:
-            generator = distributed.generator("negatives", self.seed, step)
-            num_uniform = {"uniform": count, "frequency": 0, "mixed": count // 2}[kind]
-            uniform = generator.integers(0, self.num_items, num_uniform)
-            points = generator.random(count - num_uniform) * self._cumulative[-1]
-            drawn = torch.from_numpy(
-                np.concatenate([uniform, np.searchsorted(self._cumulative, points, side="right")])
-            )
-        ids, times = torch.unique(drawn, return_counts=True)
-        log_weights = times.float().log()
-        if self._log_q is None:
-            return Negatives(ids, log_weights)
-        return Negatives(ids, log_weights - self._log_q[ids], self._log_q[target_ids])
-
-
-def with_seen(negatives: Negatives, mine: SequenceBatch, scored: SequenceBatch) -> Negatives:
-    """`negatives` with what the seen bias needs of this rank's batch and of the one that it scores: its own,
-    or that of all ranks when the candidates are divided."""
-    seen = seen_candidates(scored, negatives.ids)
-    count = int((seen[1] - seen[0]).sum())
-    return replace(negatives, seen=seen, num_seen=count, is_target_seen=seen_targets(mine))
 
 
 class SampledSoftmax(nn.Module):

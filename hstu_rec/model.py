@@ -29,9 +29,15 @@ class Lookup:
         uses = [batch.item_ids, batch.target_ids]
         if negatives is not None:
             uses.append(negatives.ids)
+            if negatives.is_whole:
+                check_ids(torch.cat(uses), len(negatives.ids))
+        return cls.of_uses(uses, negatives)
+
+    @classmethod
+    def of_uses(cls, uses: list[Tensor], negatives: Negatives | None = None) -> "Lookup":
+        """That of int64 ids by use, checked already: of histories, targets and, if any, `negatives`."""
         places, counts = torch.cat(uses), tuple(len(ids) for ids in uses)
         if negatives is not None and negatives.is_whole:
-            check_ids(places, len(negatives.ids))
             return cls(negatives.ids, places, counts)
         unique, places = torch.unique(places, return_inverse=True)
         return cls(unique, places, counts)

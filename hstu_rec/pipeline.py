@@ -20,8 +20,8 @@ from hstu_rec.data.stream import TrainStream
 from hstu_rec.distributed import on_device
 from hstu_rec.graphs import filled_batch, filled_layout, filled_lookup, filled_negatives
 from hstu_rec.item_table import ItemTable, SentIds, check_ids
-from hstu_rec.loss import NegativeSampler, with_seen
 from hstu_rec.model import Lookup, NextItemModel
+from hstu_rec.negatives import NegativeSampler, with_seen
 from hstu_rec.ops import JaggedLayout
 from hstu_rec.ops.triton_layout import BlockLayout
 from hstu_rec.softmax import Negatives
@@ -45,13 +45,23 @@ class StepInput:
 
     batch: SequenceBatch
     negatives: Negatives
-    lookup: Lookup
     layout: JaggedLayout
+    num_ids: tuple[
+        int, int, int
+    ]  # of histories, targets and negatives; filled for a graph there are more
+    lookup: Lookup | None = None  # made when the ids are sent
 
     def to(self, device: torch.device) -> "StepInput":
         """The input on `device`."""
         layout = self.layout.to(device)  # in its own way
         return replace(on_device(self, device, but={"layout"}), layout=layout)
+
+    def with_lookup(self) -> "StepInput":
+        """The input with its deduplicated lookup."""
+        uses = self.batch.item_ids, self.batch.target_ids, self.negatives.ids
+        own = [ids[:count] for ids, count in zip(uses, self.num_ids, strict=True)]
+        lookup = Lookup.of_uses(own, self.negatives)
+        return replace(self, lookup=filled_lookup(lookup, tuple(map(len, uses))))
 
 
 class InputPipeline:
@@ -98,36 +108,42 @@ class InputPipeline:
     def _send(self, place: Place) -> tuple[StepInput, SentIds]:
         made = self._made.pop(place, None) or self._make(place)
         self._made.clear()
-        check_ids(made.lookup.ids, self._table.num_items)
-        made = made.to(self._device)
-        return made, self._table.send(made.lookup.ids, is_checked=True)
+        # 10 ms on CPU for 270,000 ids, and a wait for the device elsewhere.
+        sent = distributed.beside(self._device, lambda: made.to(self._device).with_lookup())
+        assert sent.lookup is not None
+        return sent, self._table.send(sent.lookup.ids, is_checked=True)
 
     def _make(self, place: Place) -> StepInput:
         batch = self._stream.batch(place.epoch, place.batch)
-        negatives = self._sampler.draw(place.step, batch.target_ids)
+        negatives = self._sampler.draw(place.step, batch)
         if self._sampler.config.use_seen_bias:
             is_shared = negatives.is_divided and distributed.world_size() > 1
             of_all = self._stream.batch(*place[:2], of_all_ranks=True) if is_shared else batch
             negatives = with_seen(negatives, batch, of_all)
-        lookup = Lookup.of(batch, negatives)
+        uses = batch.item_ids, batch.target_ids, negatives.ids
+        for ids in uses[:2] if negatives.is_divided else uses:
+            check_ids(ids, self._table.num_items)
+        num_ids = len(uses[0]), len(uses[1]), len(uses[2])
         if self._model.graphs:
-            return self._filled(batch, negatives, lookup)
-        return StepInput(batch, negatives, lookup, self._layout(batch))
+            batch, negatives, layout = self._filled(batch, negatives)
+            return StepInput(batch, negatives, layout, num_ids)
+        return StepInput(batch, negatives, self._layout(batch), num_ids)
 
     def _layout(self, batch: SequenceBatch) -> JaggedLayout:
         times = batch.timestamps, batch.next_timestamps
         return self._model.encoder.layout(batch.offsets, *times, dtype=self._model.dtype)
 
-    def _filled(self, batch: SequenceBatch, negatives: Negatives, lookup: Lookup) -> StepInput:
-        """The input with sizes of a graph."""
+    def _filled(
+        self, batch: SequenceBatch, negatives: Negatives
+    ) -> tuple[SequenceBatch, Negatives, BlockLayout]:
+        """What has sizes of a graph."""
         num_events, longest = len(batch.item_ids), self._stream.max_history_len
         batch = filled_batch(batch, longest)
         size = len(batch.item_ids)
         negatives = filled_negatives(negatives, num_events, size)
-        lookup = filled_lookup(lookup, (size, size, len(negatives.ids)))
         layout = self._layout(batch)
         assert isinstance(layout, BlockLayout)  # the kernel was checked
-        return StepInput(batch, negatives, lookup, filled_layout(layout, longest))
+        return batch, negatives, filled_layout(layout, longest)
 
 
 class Meanwhile(torch.autograd.Function):

@@ -18,7 +18,7 @@ from hstu_rec.data.known_best import best_recall
 from hstu_rec.data.stream import Sequences, open_dataset
 from hstu_rec.data.synthetic import SyntheticDataset
 from hstu_rec.evaluator import evaluate
-from hstu_rec.flops import encoder_flops, loss_flops, peak_flops
+from hstu_rec.flops import history_flops, peak_flops
 from hstu_rec.learner import Learner, check_graphs, resolved
 from hstu_rec.report import metric_table, write_report
 from hstu_rec.tracking import Tracker
@@ -120,9 +120,7 @@ def _flops(config: RunConfig, learner: Learner, dataset: Sequences) -> tuple[flo
     """(FLOPs of an epoch over all ranks, FLOP/s that the ranks' devices reach at most; 0 on CPU)."""
     stream, device = learner.stream, learner.device
     lengths = stream.mean_lengths()
-    flops = encoder_flops(config.encoder, lengths) + loss_flops(
-        config.loss, config.encoder.dim, int(lengths.sum()), dataset.num_items
-    )
+    flops = float(history_flops(config.encoder, config.loss, dataset.num_items, lengths).sum())
     if device.type != "cuda":
         return flops, 0.0
     dtype = distributed.product_dtype(config.train.precision)
@@ -160,7 +158,8 @@ def _train_epoch(
     for index in range(learner.stream.num_steps(progress.epoch)):
         loss = learner.step(progress.epoch, index, progress.step)
         if progress.step % log_every_steps == 0:
-            tracker.log("train", progress.step, {"loss": loss})
+            imbalance = learner.stream.imbalance(progress.epoch, index)
+            tracker.log("train", progress.step, {"loss": loss, "imbalance": imbalance})
         progress.step += 1
     return loss
 

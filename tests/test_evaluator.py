@@ -76,8 +76,8 @@ def test_the_target_is_never_masked_and_repeats_of_a_seen_item_count_once():
 @pytest.mark.parametrize("chunk_items", [1, 13, 500])
 @pytest.mark.parametrize("max_numbers", [1, 2**20])
 def test_scores_within_rounding_are_decided_exactly(monkeypatch, chunk_items, max_numbers):
-    monkeypatch.setattr(evaluator, "MAX_EXACT_NUMBERS", max_numbers)
-    monkeypatch.setattr(evaluator, "MAX_BLOCK_SCORES", 40)
+    monkeypatch.setattr(evaluator, "MAX_EXACT_NUMBERS", {"cpu": max_numbers})
+    monkeypatch.setattr(evaluator, "TILE", {"cpu": (4, 24)})
     dim, num_items = 33, 120
     items = normal(1, dim).repeat(num_items, 1)
     place = torch.arange(num_items)
@@ -153,7 +153,7 @@ def test_values_that_are_not_finite_are_an_error(bad, where):
     items, vectors = normal(20, 4), normal(3, 4, seed=1)
     queries = make_queries(items, vectors, [0, 1, 2])
     shard = ItemShard(items.clone(), 0, 20)
-    (shard.vectors if where == "shard" else getattr(queries, where))[-1, 2] = bad
+    (shard.rows if where == "shard" else getattr(queries, where))[-1, 2] = bad
     with pytest.raises(FloatingPointError, match="NaN or infinity"):
         rank_targets(queries, shard, 7)
 

@@ -11,7 +11,7 @@ from hstu_rec.encoder_config import EncoderConfig, chosen_kernel
 from hstu_rec.hstu import HSTU
 from hstu_rec.item_table import ItemTable, TableConfig
 from hstu_rec.learner import rate_factor
-from hstu_rec.loss import LossConfig, NegativeSampler, SampledSoftmax
+from hstu_rec.loss import LossConfig, SampledSoftmax
 from hstu_rec.model import NextItemModel
 from hstu_rec.trainer import train
 from tests.datasets import write_dataset
@@ -319,7 +319,7 @@ def test_the_exact_softmax_refuses_ids_outside_the_catalogue_too(bad):
     encoder = HSTUEncoder(EncoderConfig(dim=4, use_time_bias=False))
     loss = SampledSoftmax(LossConfig(negatives="all"))
     model = NextItemModel(ItemTable(TableConfig(), 10, 4, torch.device("cpu")), encoder, loss)
-    negatives = NegativeSampler(loss.config, 10, np.ones(10), seed=1).draw(0, torch.tensor([]))
+    negatives = Negatives(torch.arange(10), largest_part=10, is_whole=True)
     times = torch.zeros(2, dtype=torch.int64)
     for items, targets in (([1, bad], [2, 3]), ([1, 2], [3, bad])):
         ids, target_ids = torch.tensor(items), torch.tensor(targets)
@@ -381,14 +381,3 @@ def test_rates_warm_up_and_end_at_their_last_fraction(schedule, expected):
     assert [rate_factor(config, step, 6) for step in range(6)] == pytest.approx(expected)
     cosine = OptimConfig(schedule="cosine")
     assert [rate_factor(cosine, step, 3) for step in (0, 1, 2, 3)] == pytest.approx([1, 0.5, 0, 0])
-
-
-def test_negatives_follow_the_frequency_to_its_power():
-    counts = np.array([0, 1, 16, 81, 256])
-    config = LossConfig(negatives="frequency", num_negatives=100_000, frequency_power=0.5)
-    sampler = NegativeSampler(config, 5, counts, seed=3)
-    drawn = sampler.draw(7, torch.zeros(0, dtype=torch.int64))
-    assert drawn.ids.tolist() == [1, 2, 3, 4]
-    assert drawn.log_weights is not None
-    shares = drawn.log_weights.exp() / config.num_negatives
-    torch.testing.assert_close(shares, torch.tensor([1, 4, 9, 16]) / 30, atol=0.005, rtol=0)

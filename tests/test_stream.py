@@ -85,22 +85,34 @@ def test_batches_by_events_stay_within_the_limit(dataset, monkeypatch):
     assert len(steps) < len(dataset.train_ends) / 2
 
 
-@pytest.mark.parametrize("num_hands", [1, 2, 5, 8])
-def test_users_are_dealt_evenly_by_number_and_cost(num_hands):
+@pytest.mark.parametrize("num_hands", [1, 2, 5, 8, 64])
+def test_users_are_dealt_so_that_no_rank_waits_long(num_hands):
+    """Power-law lengths, in a cost of which 1,000 events are half linear, half quadratic."""
     random = np.random.default_rng(num_hands)
-    users, costs = random.permutation(128), np.minimum(random.geometric(0.15, 128), 50)
-    hands = deal(users, costs, num_hands)
-    cost_of = dict(zip(users.tolist(), costs.tolist(), strict=True))
-    assert sorted(np.concatenate(hands).tolist()) == list(range(128))
-    sizes = [len(hand) for hand in hands]
-    assert max(sizes) - min(sizes) <= 1
-    sums = [sum(cost_of[user] for user in hand.tolist()) for hand in hands]
-    assert max(sums) - min(sums) <= costs.max()
+    lengths = np.minimum(20 * (random.pareto(1.2, 80 * num_hands) + 1), 4000).astype(np.int64)
+    costs = lengths + lengths**2 / 1000
+    hands = deal(costs, num_hands)
+    assert sorted(np.concatenate(hands).tolist()) == list(range(len(lengths)))
+    sums = np.array([costs[hand].sum() for hand in hands])
+    # None is above the least by more than its own smallest history.
+    assert (sums - [costs[hand].min() for hand in hands] <= sums.min() + 1e-6).all()
+    assert sums.max() <= max(1.02 * sums.mean(), costs.max())
 
 
 def test_more_ranks_than_users_leave_empty_hands():
-    hands = deal(np.array([4, 9]), np.array([1, 3]), 4)
-    assert [hand.tolist() for hand in hands] == [[9], [4], [], []]
+    assert [hand.tolist() for hand in deal(np.array([1, 3]), 4)] == [[1], [0], [], []]
+
+
+def test_the_imbalance_is_the_work_of_the_busiest_rank_over_the_mean(dataset, monkeypatch):
+    def squares(lengths):
+        return lengths.astype(float) ** 2
+
+    stream = TrainStream(dataset, DataConfig(batch_users=9), MAX_HISTORY_LEN, 1, squares)
+    for step, ranks in enumerate(batches(stream, monkeypatch, world_size=4)):
+        work = [float((batch.offsets.diff() ** 2).sum()) for batch in ranks]
+        expected = max(work) / (sum(work) / 4)
+        assert stream.imbalance(0, step) == pytest.approx(expected)
+        assert 1 <= expected < 4
 
 
 SHORT = {"batch_users": 7, "length_alpha": 1.2}  # 12 ** .6 is 4.4 events

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from apps import make_events
 from hstu_rec.config import RunConfig, load
-from hstu_rec.data.catalogue import MAX_ITEMS, Catalogue
 from hstu_rec.data.dataset import FILES, Dataset
 from hstu_rec.data.demo import prepare_demo
 from hstu_rec.data.hashes import mixed, uniform
@@ -28,6 +27,7 @@ from hstu_rec.data.synthetic import (
     names,
     write_events,
 )
+from hstu_rec.data.zipf_catalogue import MAX_ITEMS, ZipfCatalogue
 from hstu_rec.trainer import train
 
 SIZES = [1, 2, 3, 64, 97, 600]
@@ -68,7 +68,7 @@ def test_random_bits_are_those_of_splitmix64() -> None:
 
 @pytest.mark.parametrize("exponent", [0.0, 0.7, 1.0, 1.0 + 1e-9, 2.5])
 def test_popularity_is_the_law_that_is_told_and_draws_follow_it(exponent: float) -> None:
-    catalogue, ranks = Catalogue(30, exponent, seed=7), np.arange(30)
+    catalogue, ranks = ZipfCatalogue(30, exponent, seed=7), np.arange(30)
     total = mass(1, 31, exponent)
     expected = [mass(r + 1, r + 2, exponent) / total for r in ranks]
     np.testing.assert_allclose(catalogue.popularity(ranks), expected, rtol=1e-6)
@@ -80,7 +80,7 @@ def test_popularity_is_the_law_that_is_told_and_draws_follow_it(exponent: float)
 
 @pytest.mark.parametrize("num_items", SIZES)
 def test_items_are_a_permutation_of_ranks_and_the_rule_visits_them_all(num_items: int) -> None:
-    catalogue, ranks = Catalogue(num_items, 1.0, seed=7), np.arange(num_items)
+    catalogue, ranks = ZipfCatalogue(num_items, 1.0, seed=7), np.arange(num_items)
     items = catalogue.items(ranks)
     assert sorted(items) == ranks.tolist()
     assert catalogue.ranks(items).tolist() == ranks.tolist()
@@ -90,7 +90,7 @@ def test_items_are_a_permutation_of_ranks_and_the_rule_visits_them_all(num_items
 
 
 def test_the_largest_catalogue_overflows_nowhere() -> None:
-    catalogue = Catalogue(MAX_ITEMS, 1.0, seed=7)
+    catalogue = ZipfCatalogue(MAX_ITEMS, 1.0, seed=7)
     ranks = np.array([0, 1, MAX_ITEMS // 2, MAX_ITEMS - 1])
     stride, step, offset = catalogue._stride, catalogue._step, catalogue._offset
     expected = [(rank * stride + offset) % MAX_ITEMS for rank in ranks.tolist()]
@@ -103,7 +103,7 @@ def test_the_largest_catalogue_overflows_nowhere() -> None:
     ]
     top = np.array([0, 2**64 - 1], dtype=np.uint64)
     for exponent in (0.0, 1.0, 1.2, 40.0):
-        law = Catalogue(MAX_ITEMS, exponent, seed=7)
+        law = ZipfCatalogue(MAX_ITEMS, exponent, seed=7)
         assert law.draw(top).min() >= 0 and law.draw(top).max() < MAX_ITEMS
 
 

@@ -81,10 +81,19 @@ class Dataset:
         """Own id of every user, by index."""
         return self._user_ids
 
-    @cached_property
+    @property
     def train_counts(self) -> np.ndarray:
         """int64 [N]: events of each item in the training part."""
         return _as_numpy(self._item_table.column("train_count"))
+
+    @property
+    def items_by_count(self) -> np.ndarray:
+        """int64 [N]: items by rising count in the training part, equal ones by index."""
+        return self._items_by_count
+
+    @cached_property
+    def _items_by_count(self) -> np.ndarray:
+        return np.argsort(self.train_counts, kind="stable")
 
     def train_time_range(self) -> tuple[int, int]:
         """Times in s of the first and last training event. Raises ValueError when there is none."""

@@ -2,11 +2,13 @@
 
 1. users with at least two training events are permuted by a counter-based generator of (seed, epoch)
 2. the permutation is cut into global batches, by users or by events
-3. the batch's users are dealt to the ranks by length, so that none waits for another; each rank
-   reads its users' newest events, or with stochastic length some of them, no padding
+3. the batch's users are dealt to the ranks by the work of their histories, which grows with the length and
+   its square, so that none waits for another; each rank reads its users' newest events, or with stochastic
+   length some of them, no padding
 """
 
-from collections.abc import Iterator
+import heapq
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -85,13 +87,21 @@ class _EpochPlan(NamedTuple):
 
 
 class TrainStream:
-    """Training batches of this rank; every position of a history is trained."""
+    """Training batches of this rank; every position of a history is trained.
+
+    costs_of: of lengths, int64 [B], float64 [B] how much work histories are; by default the lengths.
+    """
 
     def __init__(
-        self, dataset: Sequences, config: DataConfig, max_history_len: int, seed: int
+        self,
+        dataset: Sequences,
+        config: DataConfig,
+        max_history_len: int,
+        seed: int,
+        costs_of: Callable[[np.ndarray], np.ndarray] = np.asarray,
     ) -> None:
         self.dataset, self.config, self.seed = dataset, config, seed
-        self.max_history_len = max_history_len
+        self.max_history_len, self._costs_of = max_history_len, costs_of
         self.users = np.flatnonzero(dataset.train_ends >= 2)
         if not len(self.users):
             raise ValueError(
@@ -136,13 +146,25 @@ class TrainStream:
         """Trained positions of an epoch, over all ranks; with stochastic length in the mean."""
         return round(self.mean_lengths().sum())
 
+    def _dealt(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+        """(users of a global batch, their lengths, places of each rank's among them)."""
+        plan = self._epoch_plan(epoch)
+        part = slice(plan.bounds[step], plan.bounds[step + 1])
+        users, lengths = plan.users[part], plan.lengths[part]
+        return users, lengths, deal(self._costs_of(lengths), distributed.world_size())
+
+    def imbalance(self, epoch: int, step: int) -> float:
+        """The work of the rank that has the most of a batch, over the mean of ranks."""
+        _, lengths, hands = self._dealt(epoch, step)
+        costs = self._costs_of(lengths)
+        of_ranks = [costs[hand].sum() for hand in hands]
+        return float(max(of_ranks) / np.mean(of_ranks))
+
     def batch(self, epoch: int, step: int, of_all_ranks: bool = False) -> SequenceBatch:
         """This rank's part of a global batch, which may be empty, or the parts of all, by rank."""
         plan = self._epoch_plan(epoch)
-        part = slice(plan.bounds[step], plan.bounds[step + 1])
-        everyone, kept = plan.users[part], plan.lengths[part]
+        everyone, kept, hands = self._dealt(epoch, step)
         num_positions = int(kept.sum())
-        hands = deal(np.arange(len(everyone)), kept, distributed.world_size())
         mine = np.concatenate(hands) if of_all_ranks else hands[distributed.rank()]
         users, kept = everyone[mine], kept[mine]
         ends = self.dataset.train_ends[users]
@@ -168,15 +190,19 @@ class TrainStream:
         )
 
 
-def deal(users: np.ndarray, costs: np.ndarray, num_hands: int) -> list[np.ndarray]:
-    """`users` in hands of nearly equal number and cost: the dearest first, to and fro like cards.
-
-    0 1 2 | 2 1 0 | 0 1 ...
-    """
-    order = users[np.argsort(-costs, kind="stable")]
-    place = np.arange(len(users)) % (2 * num_hands)
-    hand = np.minimum(place, 2 * num_hands - 1 - place)
-    return [order[hand == one] for one in range(num_hands)]
+def deal(costs: np.ndarray, num_hands: int) -> list[np.ndarray]:
+    """Places of `costs` [B] in hands of nearly equal sum: the dearest first, each to the hand with the least
+    so far, or by equal sums with the fewest (Graham 1969: no sum is above 4/3 of the best)."""
+    order = np.argsort(-costs, kind="stable")
+    if num_hands == 1:
+        return [order]
+    hands: list[list[int]] = [[] for _ in range(num_hands)]
+    heap = [(0.0, 0, hand) for hand in range(num_hands)]
+    for place, cost in zip(order.tolist(), costs[order].tolist(), strict=True):
+        total, count, hand = heap[0]
+        heapq.heapreplace(heap, (total + cost, count + 1, hand))
+        hands[hand].append(place)
+    return [np.array(hand, dtype=np.int64) for hand in hands]
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hstu_rec.data.catalogue import MAX_ITEMS, Catalogue, PowerLaw
 from hstu_rec.data.hashes import mixed, stream, uniform
+from hstu_rec.data.zipf_catalogue import MAX_ITEMS, PowerLaw, ZipfCatalogue
 
 SYNTHETIC = "synthetic"
 MAX_LENGTH = 2**24
@@ -90,7 +90,7 @@ class SyntheticDataset:
         if problems := config.problems():
             raise ValueError("; ".join(problems))
         self.config, self.path = config, Path(SYNTHETIC)
-        self.catalogue = Catalogue(config.num_items, config.zipf_exponent, config.seed)
+        self.catalogue = ZipfCatalogue(config.num_items, config.zipf_exponent, config.seed)
         self.num_users, self.num_items = config.num_users, config.num_items
         self._seeds = {use: stream(config.seed, use) for use in ("length", "begin", "events")}
         self.lengths = self._make_lengths()
@@ -159,18 +159,26 @@ class SyntheticDataset:
         has_names = self.config.own_ids == "string"
         return names("u", users, self.num_users) if has_names else pa.array(users)
 
-    @cached_property
+    @property
     def train_counts(self) -> np.ndarray:
-        """int64 [N]: events of each item in the training part. All histories are made for it."""
+        """int64 [N]: events of each item in the training part. All histories are made for it, once."""
+        return self._train_counts
+
+    @cached_property
+    def _train_counts(self) -> np.ndarray:
         counts = np.zeros(self.num_items, dtype=np.int64)
         for users in self.chunks():
             items, _, _ = self.gather(users, np.zeros_like(users), self.train_ends[users])
             np.add.at(counts, items, 1)
         return counts
 
-    @cached_property
+    @property
     def items_by_count(self) -> np.ndarray:
-        """int64 [N]: items by rising train count, ties by index."""
+        """int64 [N]: items by rising count in the training part, equal ones by index."""
+        return self._items_by_count
+
+    @cached_property
+    def _items_by_count(self) -> np.ndarray:
         return np.argsort(self.train_counts, kind="stable")
 
     def train_time_range(self) -> tuple[int, int]:

@@ -100,7 +100,7 @@ def errors_on_one_rank():
             if fault == "target":
                 queries.target_vectors[0, 0] = torch.inf
             if fault == "row":
-                shard.vectors[-1, -1] = torch.nan
+                shard.rows[-1, -1] = torch.nan
             if fault == "target id":
                 queries.target_ids[0] = shard.num_items
             if fault == "seen id":
@@ -126,7 +126,7 @@ def rank_everything(dataset_path):
     return {
         "parts": parts,
         "metrics": metrics,
-        "rows": [len(my_part(make_case(name), [0] * 9)[1].vectors) for name in SIZES],
+        "rows": [len(my_part(make_case(name), [0] * 9)[1].rows) for name in SIZES],
         "no queries": [ranks.tolist() for ranks in rank_targets(empty, shard, 6)],
         "errors": errors_on_one_rank(),
         "baselines": baseline_metrics(Dataset(dataset_path), "test", KS),

@@ -17,7 +17,7 @@ from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.stream import TrainStream
 from hstu_rec.item_table import local_shards
 from hstu_rec.learner import Learner, resolved
-from hstu_rec.loss import NegativeSampler
+from hstu_rec.negatives import NegativeSampler
 from tests.datasets import write_dataset
 from tests.ranks import run_ranks
 
@@ -63,6 +63,19 @@ SETTINGS = {
         "loss.use_seen_bias=true",
         "loss.similarity=dot",
         "loss.temperature=1",
+    ],
+    "log-uniform, queries travel": [
+        "loss.negatives=log_uniform",
+        "loss.num_negatives=20",
+        "loss.use_logq=true",
+        "loss.exchange=queries",
+    ],
+    "uniform, seen bias, queries travel, ranks without users": [
+        "loss.negatives=uniform",
+        "loss.num_negatives=3",
+        "loss.use_seen_bias=true",
+        "loss.exchange=queries",
+        "data.batch_users=2",
     ],
     "frequency, sgd, cosine": [
         "loss.negatives=frequency",
@@ -179,6 +192,14 @@ def plain_loss(rows, weights, batch, config, log_weights, log_q):
     return (torch.cat([own, others], dim=1).logsumexp(1) - own[:, 0]).sum() / len(target)
 
 
+def log_uniform(counts):
+    """float64 [N]: Zipf's law by rank in frequency, in which items that occur equally often share."""
+    ranks = torch.empty(NUM_ITEMS, dtype=torch.float64)
+    ranks[counts.argsort(descending=True)] = torch.arange(NUM_ITEMS, dtype=torch.float64)
+    of_rank = ((ranks + 2) / (ranks + 1)).log() / math.log(NUM_ITEMS + 1)
+    return torch.stack([of_rank[counts == count].mean() for count in counts])
+
+
 def candidates(config, dataset, batch, step):
     """(log of the times each item is a candidate less its logQ [N], logQ [N]) of a step."""
     loss = config.loss
@@ -193,13 +214,13 @@ def candidates(config, dataset, batch, step):
         "uniform": torch.full((NUM_ITEMS,), 1 / NUM_ITEMS),
         "frequency": by_power,
         "mixed": (1 / NUM_ITEMS + by_power) / 2,
+        "log_uniform": log_uniform(counts),
     }[loss.negatives]
     if loss.use_logq:
         log_q = probability.clamp(min=1e-12).log().float()
     if loss.negatives == "in_batch":
         return torch.bincount(batch.target_ids, minlength=NUM_ITEMS).log() - log_q, log_q
-    sampler = NegativeSampler(loss, NUM_ITEMS, dataset.train_counts, config.train.seed)
-    drawn = sampler.draw(step, batch.target_ids)
+    drawn = NegativeSampler(loss, dataset, config.train.seed).draw(step, batch)
     weights = torch.full((NUM_ITEMS,), -torch.inf)
     weights[drawn.ids] = drawn.log_weights
     times_drawn = (weights + log_q).exp()  # whole numbers that add up to what was asked for

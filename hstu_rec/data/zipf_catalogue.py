@@ -37,7 +37,7 @@ class PowerLaw:
         return log / span if rest == 0 else np.expm1(rest * log) / math.expm1(rest * span)
 
 
-class Catalogue:
+class ZipfCatalogue:
     """The items: popularity and successors. Ranks and items are int64 in 0 .. N - 1; rank 0 is drawn most."""
 
     def __init__(self, num_items: int, zipf_exponent: float, seed: int) -> None:
