@@ -2,7 +2,7 @@
 
 python apps/evaluate.py RUN_FOLDER [key=value ...]
 
-The keys are those of apps/train.py (python apps/train.py help), for example eval.batch_users=256.
+The keys are those of apps/train.py (python apps/train.py help), for example eval.min_train_count=20.
 """
 
 import json

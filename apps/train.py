@@ -8,7 +8,7 @@ Without a configuration it trains configs/demo.yaml, on data that it makes itsel
 from pathlib import Path
 
 from hstu_rec.config import RunConfig, help_text, load, run_app
-from hstu_rec.data.synthetic import prepare_if_demo
+from hstu_rec.data.demo import prepare_if_demo
 from hstu_rec.trainer import train
 
 DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"

@@ -15,14 +15,13 @@ import numpy as np
 import torch
 
 from hstu_rec.co_occurrence import WINDOW, Pairs, count_pairs
-from hstu_rec.data.dataset import Dataset
-from hstu_rec.data.stream import EvalBatch, Split, eval_batches
+from hstu_rec.data.stream import EvalBatch, Sequences, Split, eval_batches
 from hstu_rec.evaluator import rank_metrics
 
 BATCH_USERS = 1024
 
 
-def baseline_metrics(dataset: Dataset, split: Split, ks: Sequence[int]) -> dict[str, Any]:
+def baseline_metrics(dataset: Sequences, split: Split, ks: Sequence[int]) -> dict[str, Any]:
     """{"popularity": {"seen_masked": {...}, "seen_allowed": {...}}, "own_history": ...,
     "co_occurrence": ...}. Collective.
     """

@@ -15,8 +15,7 @@ from hstu_rec import distributed
 from hstu_rec.attention_forms import PaddedLayout
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.batch import SequenceBatch
-from hstu_rec.data.dataset import Dataset
-from hstu_rec.data.stream import TrainStream
+from hstu_rec.data.stream import TrainStream, open_dataset
 from hstu_rec.evaluator import evaluate
 from hstu_rec.learner import Learner
 from hstu_rec.versions import versions
@@ -91,7 +90,7 @@ def compare_steps(config: RunConfig, device: torch.device) -> Iterator[str]:
     The last is for what is mostly written: silu with both biases, shared by the heads, no query time, no
     window.
     """
-    medians, dataset, layers = {}, Dataset(config.data.path), config.encoder
+    medians, dataset, layers = {}, open_dataset(config.data), config.encoder
     forms = {"jagged": TrainStream, "padded": PaddedStream}
     has_bias = layers.use_position_bias and layers.use_time_bias and not layers.is_bias_per_head
     if has_bias and (layers.attention, layers.query_time, layers.window) == ("silu", "own", 0):
@@ -120,7 +119,7 @@ def figures_by_epoch(config: RunConfig, device: torch.device) -> Iterator[str]:
     """
     if 10 not in config.eval.ks:
         raise ValueError(f"eval.ks must hold 10, which is shown; got {config.eval.ks}")
-    dataset = Dataset(config.data.path)
+    dataset = open_dataset(config.data)
     learner, spent, step = Learner(config, dataset, device), 0.0, 0
     learner.begin()
     for epoch in range(config.train.max_epochs):
@@ -138,7 +137,7 @@ def figures_by_epoch(config: RunConfig, device: torch.device) -> Iterator[str]:
 
 def time_epochs(config: RunConfig, device: torch.device) -> Iterator[str]:
     """Lines of a table: seconds of whole epochs without validation, and their steps. Collective."""
-    learner = Learner(config, Dataset(config.data.path), device)
+    learner = Learner(config, open_dataset(config.data), device)
     learner.begin()
     for epoch in range(NUM_EPOCHS):
         distributed.barrier()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu_rec.data.dataset import Dataset
+from hstu_rec.data.stream import Sequences
 
 WINDOW = 5
 # Word2vec's power of context counts, which keeps rare items from being everyone's neighbour.
@@ -29,7 +29,7 @@ class Pairs:
     scores: np.ndarray
 
 
-def count_pairs(dataset: Dataset) -> Pairs:
+def count_pairs(dataset: Sequences) -> Pairs:
     """Co-occurrence of the training part."""
     users = np.arange(dataset.num_users)
     items, _, offsets = dataset.gather(users, np.zeros_like(users), dataset.train_ends)

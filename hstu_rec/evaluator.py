@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu_rec import distributed
-from hstu_rec.data.dataset import Dataset
-from hstu_rec.data.stream import EvalBatch, Split, eval_batches
+from hstu_rec.data.stream import EvalBatch, Sequences, Split, eval_batches
 from hstu_rec.item_table import local_shards
 from hstu_rec.model import NextItemModel
 
@@ -48,6 +47,8 @@ class EvalConfig:
     is made."""
     with_baselines: bool = True
     """Adds popularity and co-occurrence rows to the result."""
+    min_train_count: int = 0
+    """Adds figures over the targets that occur at least so often in training; 0 for none."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
@@ -56,6 +57,8 @@ class EvalConfig:
             for name in ("batch_users", "chunk_items")
             if getattr(self, name) < 1
         ]
+        if self.min_train_count < 0:
+            found.append(f"min_train_count must be at least 0; got {self.min_train_count}")
         if not self.ks or min(self.ks) < 1 or len(set(self.ks)) != len(self.ks):
             found.append(f"ks must be distinct numbers of at least 1; got {list(self.ks)}")
         return found
@@ -367,12 +370,13 @@ def rank_metrics(ranks: Tensor, ks: Sequence[int]) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(
-    sharded: Any, dataset: Dataset, split: Split, config: EvalConfig, device: torch.device
+    sharded: Any, dataset: Sequences, split: Split, config: EvalConfig, device: torch.device
 ) -> dict[str, Any]:
     """Metrics of a sharded NextItemModel: {"num_users", "num_repeated_targets", "seen_allowed": {...},
-    "seen_masked": {...}}.
+    "seen_masked": {...}}; with config.min_train_count also "frequent", of the same but for the repeated.
 
-    Collective; ranks may have no user at all. The model is left in the mode it was in.
+    Collective; ranks may have no user at all. The model is left in the mode it was in. Raises ValueError
+    when no target is as frequent as that.
     """
     model: NextItemModel = sharded.module
     was_training = sharded.training
@@ -380,7 +384,7 @@ def evaluate(
     shard = _shard(sharded, model, dataset.num_items, device)
     max_history_len = model.encoder.config.max_history_len
     seen_score = model.loss.seen_score()
-    allowed, masked, num_repeated = [], [], torch.tensor(0)
+    allowed, masked, targets, num_repeated = [], [], [], torch.tensor(0)
     for batch in eval_batches(dataset, split, max_history_len, config.batch_users):
         history = batch.history.to(device)
         vectors, target_vectors = sharded(history)
@@ -398,15 +402,28 @@ def evaluate(
             strict=True,
         ):
             collected.append(ranks)
+        targets.append(batch.history.target_ids)
         num_repeated += _is_repeated(batch).sum()
     sharded.train(was_training)
-    seen_allowed, seen_masked = torch.cat(allowed), torch.cat(masked)
-    num_users = distributed.all_reduce_sum(torch.tensor(len(seen_allowed)))
+    ranks = torch.stack([torch.cat(allowed), torch.cat(masked)])
+    result = _metrics(ranks, config.ks)
+    result["num_repeated_targets"] = int(distributed.all_reduce_sum(num_repeated))
+    if least := config.min_train_count:
+        is_frequent = torch.from_numpy(dataset.train_counts[torch.cat(targets).numpy()] >= least)
+        if not distributed.all_reduce_sum(is_frequent.sum()):
+            raise ValueError(
+                f"no {split} target occurs {least} times in training; lower eval.min_train_count"
+            )
+        result["frequent"] = _metrics(ranks[:, is_frequent.to(device)], config.ks)
+    return result
+
+
+def _metrics(ranks: Tensor, ks: Sequence[int]) -> dict[str, Any]:
+    """The figures of int64 [2, Q] ranks with seen items allowed and masked. Collective."""
     return {
-        "num_users": int(num_users),
-        "num_repeated_targets": int(distributed.all_reduce_sum(num_repeated)),
-        "seen_masked": rank_metrics(seen_masked, config.ks),
-        "seen_allowed": rank_metrics(seen_allowed, config.ks),
+        "num_users": int(distributed.all_reduce_sum(torch.tensor(ranks.shape[1]))),
+        "seen_masked": rank_metrics(ranks[1], ks),
+        "seen_allowed": rank_metrics(ranks[0], ks),
     }
 
 

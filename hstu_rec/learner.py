@@ -15,8 +15,7 @@ from torch import nn
 from hstu_rec import distributed
 from hstu_rec.co_occurrence import count_pairs, item_vectors
 from hstu_rec.config import OptimConfig, RunConfig
-from hstu_rec.data.dataset import Dataset
-from hstu_rec.data.stream import TrainStream
+from hstu_rec.data.stream import Sequences, TrainStream
 from hstu_rec.encoder import HSTUEncoder
 from hstu_rec.encoder_config import chosen_kernel
 from hstu_rec.flops import history_flops
@@ -32,7 +31,7 @@ from hstu_rec.pipeline import InputPipeline, Meanwhile, Place
 SEEN_RATE = 10.0
 
 
-def resolved(config: RunConfig, dataset: Dataset) -> RunConfig:
+def resolved(config: RunConfig, dataset: Sequences) -> RunConfig:
     """`config` with what the data decide: the calendar's range, that of the training events."""
     encoder = config.encoder
     if encoder.calendar == "none" or encoder.calendar_begin or encoder.calendar_end:
@@ -50,7 +49,7 @@ class Learner:
     def __init__(
         self,
         config: RunConfig,
-        dataset: Dataset,
+        dataset: Sequences,
         device: torch.device,
         stream: type[TrainStream] = TrainStream,
     ) -> None:

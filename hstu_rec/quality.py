@@ -15,8 +15,8 @@ from hstu_rec import distributed
 from hstu_rec.checkpoint import write_file
 from hstu_rec.comparison import Measured, Table, compared, details, draw, page, read_published
 from hstu_rec.config import RunConfig, leaves, load
-from hstu_rec.data.dataset import Dataset
-from hstu_rec.data.synthetic import prepare_if_demo
+from hstu_rec.data.demo import prepare_if_demo
+from hstu_rec.data.stream import open_dataset
 from hstu_rec.learner import resolved
 from hstu_rec.runs import (
     OWN_KEYS,
@@ -150,7 +150,7 @@ def _recipe(file: str, variant: str, shared: Sequence[str], folder: Path) -> Rec
     if 10 not in config.eval.ks:
         raise ValueError(f"eval.ks must hold 10, which tables compare; got {config.eval.ks}")
     prepare_if_demo(config.data.path)
-    dataset = Dataset(config.data.path)
+    dataset = open_dataset(config.data)
     config, facts = resolved(config, dataset), identity_of_data(dataset.facts)
     content = json.dumps([_changes(config), facts], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]

@@ -11,6 +11,7 @@
     baselines  {"popularity": {"seen_masked": PART, "seen_allowed": PART}, "own_history": ...,
                "co_occurrence": ...}
                or {}
+    further    optional: rows as in baselines, of which parts and metrics may be missing
     timing     prepare_s (None when the dataset does not tell), train_s, events_per_s
     versions   {"torch": "2.13.0", ...}
 
@@ -77,7 +78,9 @@ def metric_table(result: dict[str, Any]) -> str:
 def _check(result: Mapping[str, Any]) -> None:
     """All that is missing, in one message."""
     problems = [f"{name} is missing" for name in SECTIONS if name not in result]
-    problems += [f"{name} is not a section" for name in result if name not in SECTIONS]
+    problems += [
+        f"{name} is not a section" for name in result if name not in (*SECTIONS, "further")
+    ]
     problems += [
         f"protocol.{name} is missing" for name in PROTOCOL if name not in result.get("protocol", {})
     ]
@@ -105,10 +108,12 @@ def _metric_cells(result: Mapping[str, Any]) -> Iterator[list[str]]:
     metrics = [name for name in FIRST_METRICS if name in measured]
     metrics += [name for name in measured if name not in FIRST_METRICS]
     yield ["method", "seen items", *metrics]
-    for method, parts in {"model": result["test"], **result["baselines"]}.items():
+    rows = {"model": result["test"], **result.get("further", {}), **result["baselines"]}
+    for method, parts in rows.items():
         for seen, label in SEEN_ITEMS.items():
-            values = [parts[seen].get(name) for name in metrics]
-            yield [words(method), label, *("" if v is None else f"{v:.4f}" for v in values)]
+            if seen in parts:
+                values = [parts[seen].get(name) for name in metrics]
+                yield [words(method), label, *("" if v is None else f"{v:.4f}" for v in values)]
 
 
 def words(method: str) -> str:
@@ -129,6 +134,7 @@ def protocol_line(protocol: Mapping[str, Any]) -> str:
         f"{protocol['num_candidates']:,} items; {query_time_used(protocol['use_query_time'])}; "
         f"newest {protocol['max_history_len']} events of the history, which {verb} the validation "
         f"item; model chosen by validation {protocol['selection_metric']}.{_of_repeats(protocol)}"
+        f"{_of_frequent(protocol)}"
     )
 
 
@@ -141,6 +147,16 @@ def _of_repeats(protocol: Mapping[str, Any]) -> str:
         f" {share:.1%} of the targets are repeats: targets are never masked, so that with seen items masked "
         "these are easier to find than for a system that offers no repeats; hold that one against the rows "
         "with seen items allowed."
+    )
+
+
+def _of_frequent(protocol: Mapping[str, Any]) -> str:
+    """What the rows over some targets are over."""
+    if not (least := protocol.get("min_train_count", 0)):
+        return ""
+    return (
+        f" {least}+ events: over the {protocol['num_frequent_targets']:,} users whose target occurs at least "
+        f"{least} times in training."
     )
 
 

@@ -14,7 +14,9 @@ import torch
 from hstu_rec import checkpoint, distributed, hosts
 from hstu_rec.baselines import baseline_metrics
 from hstu_rec.config import RunConfig, leaves, load, save, to_yaml
-from hstu_rec.data.dataset import Dataset
+from hstu_rec.data.known_best import best_recall
+from hstu_rec.data.stream import Sequences, open_dataset
+from hstu_rec.data.synthetic import SyntheticDataset
 from hstu_rec.evaluator import evaluate
 from hstu_rec.flops import history_flops, peak_flops
 from hstu_rec.learner import Learner, check_graphs, resolved
@@ -85,12 +87,12 @@ def evaluate_run(folder: Path, overrides: list[str]) -> dict[str, Any]:
         return _result(config, learner, dataset, progress, versions())
 
 
-def _opened(config: RunConfig, made_with: dict[str, str | None]) -> Dataset:
+def _opened(config: RunConfig, made_with: dict[str, str | None]) -> Sequences:
     """The dataset. Raises ValueError on all ranks when one has none, or other settings, code or data."""
     hosts.check_alike("the settings", leaves(config), "give every process the same")
     hosts.check_alike("the versions", made_with, "install and check out the same on every host")
-    datasets: list[Dataset] = []
-    hosts.together(lambda: datasets.append(Dataset(config.data.path)))
+    datasets: list[Sequences] = []
+    hosts.together(lambda: datasets.append(open_dataset(config.data)))
     (dataset,) = datasets
     hosts.check_alike(
         f"the data in data.path {dataset.path}",
@@ -103,7 +105,7 @@ def _opened(config: RunConfig, made_with: dict[str, str | None]) -> Dataset:
 def _fit(
     config: RunConfig,
     learner: Learner,
-    dataset: Dataset,
+    dataset: Sequences,
     folder: Path,
     tracker: Tracker,
     progress: Progress,
@@ -129,7 +131,7 @@ def _fit(
     bar.close()
 
 
-def _flops(config: RunConfig, learner: Learner, dataset: Dataset) -> tuple[float, float]:
+def _flops(config: RunConfig, learner: Learner, dataset: Sequences) -> tuple[float, float]:
     """(FLOPs of an epoch over all ranks, FLOP/s that the ranks' devices reach at most; 0 on CPU)."""
     stream, device = learner.stream, learner.device
     lengths = stream.mean_lengths()
@@ -180,7 +182,7 @@ def _train_epoch(
 def _validate(
     config: RunConfig,
     learner: Learner,
-    dataset: Dataset,
+    dataset: Sequences,
     folder: Path,
     tracker: Tracker,
     progress: Progress,
@@ -216,7 +218,7 @@ def _seen_bias(learner: Learner) -> float | None:
 
 
 def _resume(
-    config: RunConfig, learner: Learner, dataset: Dataset, folder: Path, tracker: Tracker
+    config: RunConfig, learner: Learner, dataset: Sequences, folder: Path, tracker: Tracker
 ) -> Progress:
     """Loads the checkpoint that train.resume names, or begins anew."""
     root, found = folder / "checkpoints", None
@@ -242,7 +244,7 @@ def _resume(
     return progress
 
 
-def _load(path: Path, learner: Learner, dataset: Dataset) -> Progress:
+def _load(path: Path, learner: Learner, dataset: Sequences) -> Progress:
     """Fills the learner from a checkpoint. Raises ValueError when it was trained on other items."""
     meta = checkpoint.load(path, learner.state())
     if meta.get("items") != dataset.stats.get("item_map_hash"):
@@ -256,7 +258,7 @@ def _load(path: Path, learner: Learner, dataset: Dataset) -> Progress:
 def _result(
     config: RunConfig,
     learner: Learner,
-    dataset: Dataset,
+    dataset: Sequences,
     progress: Progress,
     made_with: dict[str, str | None],
 ) -> dict[str, Any]:
@@ -283,10 +285,12 @@ def _result(
             "seed": config.train.seed,
             "split": dataset.stats["split"],
             "data": dataset.facts,
+            **_of_frequent(config, test),
         },
         "test": {part: test[part] for part in PARTS},
         "valid": {part: valid[part] for part in PARTS},
         "baselines": baselines,
+        "further": _further(config, dataset, test),
         "timing": {
             "prepare_s": dataset.stats.get("prepare_s"),
             "train_s": progress.train_s,
@@ -298,6 +302,26 @@ def _result(
         },
         "versions": made_with,
     }
+
+
+def _of_frequent(config: RunConfig, test: dict[str, Any]) -> dict[str, int]:
+    """The protocol of eval.min_train_count."""
+    if not (least := config.eval.min_train_count):
+        return {}
+    return {"min_train_count": least, "num_frequent_targets": test["frequent"]["num_users"]}
+
+
+def _further(config: RunConfig, dataset: Sequences, test: dict[str, Any]) -> dict[str, Any]:
+    """Rows over frequent targets alone, and where it is known what the best possible result is."""
+    least, rows = config.eval.min_train_count, {}
+    if least:
+        rows[f"model, {least}+ events"] = {part: test["frequent"][part] for part in PARTS}
+    if isinstance(dataset, SyntheticDataset):
+        for count in sorted({0, least}):
+            best = {k: best_recall(dataset, "test", k, count)["expected"] for k in config.eval.ks}
+            name = "best possible" + (f", {count}+ events" if count else "")
+            rows[name] = {"seen_allowed": {f"recall@{k}": value for k, value in best.items()}}
+    return rows
 
 
 def _run_folder(config: RunConfig) -> Path:
@@ -331,7 +355,7 @@ def _check_unused(folder: Path, resume: str) -> None:
         )
 
 
-def _opening(config: RunConfig, dataset: Dataset, learner: Learner, folder: Path) -> str:
+def _opening(config: RunConfig, dataset: Sequences, learner: Learner, folder: Path) -> str:
     """What a run says before it starts."""
     num_dense = sum(p.numel() for p in learner.dense)
     table_mib = dataset.num_items * config.encoder.dim * 4 / 2**20

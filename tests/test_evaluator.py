@@ -195,15 +195,14 @@ def test_no_query_and_no_row_give_no_rank_and_no_count():
     assert allowed.tolist() == masked.tolist() == [0, 0]
 
 
-def test_the_learned_seen_bias_is_added_to_what_the_encoder_is_given_of_the_history(tmp_path):
+def evaluated(folder, settings):
+    """(what evaluate finds of a model with a seen bias of -1.7, slow ranks allowed and masked, sequences)."""
     random = np.random.default_rng(4)
     sequences = [random.integers(0, 20, n).tolist() for n in random.integers(3, 15, 30)]
-    dataset = write_dataset(tmp_path / "data", sequences, num_items=20)
+    dataset = write_dataset(folder / "data", sequences, num_items=20)
     small = ["encoder.dim=8", "encoder.max_history_len=4", "loss.use_seen_bias=true"]
-    config = load(
-        RunConfig,
-        [*small, f"data.path={tmp_path / 'data'}", "loss.temperature=0.3", "table.init_std=1"],
-    )
+    settings = [*settings, f"data.path={folder / 'data'}", "loss.temperature=0.3"]
+    config = load(RunConfig, [*small, *settings, "table.init_std=1"])
     with distributed.process_group("cpu") as device:
         learner = Learner(config, dataset, device)
         with torch.no_grad():
@@ -223,12 +222,34 @@ def test_the_learned_seen_bias_is_added_to_what_the_encoder_is_given_of_the_hist
         0.3 * 10 * np.tanh(-1.7 / 10),
         [min(len(history), 4) for history in histories],
     )
+    return found, allowed, masked, sequences
+
+
+def test_the_learned_seen_bias_is_added_to_what_the_encoder_is_given_of_the_history(tmp_path):
+    found, allowed, masked, sequences = evaluated(tmp_path, [])
     for part, ranks in (("seen_allowed", allowed), ("seen_masked", masked)):
-        assert found[part] == pytest.approx(oracles.metrics(ranks, config.eval.ks), rel=1e-12)
+        assert found[part] == pytest.approx(oracles.metrics(ranks, EvalConfig().ks), rel=1e-12)
     assert found["seen_allowed"] != found["seen_masked"]
-    targets = batch.history.target_ids.tolist()
-    is_repeated = [target in seen for target, seen in zip(targets, histories, strict=True)]
-    assert 0 < found["num_repeated_targets"] == sum(is_repeated) < len(targets)
+    is_repeated = [sequence[-1] in sequence[:-1] for sequence in sequences]
+    assert 0 < found["num_repeated_targets"] == sum(is_repeated) < found["num_users"] == 30
+    assert "frequent" not in found
+
+
+def test_figures_over_frequent_targets_leave_the_others_out(tmp_path):
+    found, allowed, masked, sequences = evaluated(tmp_path, ["eval.min_train_count=10"])
+    trained = [item for sequence in sequences for item in sequence[:-2]]
+    is_frequent = [trained.count(sequence[-1]) >= 10 for sequence in sequences]
+    assert 5 < found["frequent"]["num_users"] == sum(is_frequent) < 25
+    for part, ranks in (("seen_allowed", allowed), ("seen_masked", masked)):
+        chosen = [rank for rank, is_in in zip(ranks, is_frequent, strict=True) if is_in]
+        expected = oracles.metrics(chosen, EvalConfig().ks)
+        assert found["frequent"][part] == pytest.approx(expected, rel=1e-12)
+        assert found[part] == pytest.approx(oracles.metrics(ranks, EvalConfig().ks), rel=1e-12)
+
+
+def test_a_count_that_no_target_reaches_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no test target occurs 99 times in training"):
+        evaluated(tmp_path, ["eval.min_train_count=99"])
 
 
 def test_metrics_of_known_ranks_are_these_fractions():
@@ -261,5 +282,6 @@ def test_eval_settings_load_and_all_their_problems_are_told_at_once():
     assert load(EvalConfig, ["ks=[2,7]", "batch_users=3"]) == EvalConfig(ks=[2, 7], batch_users=3)
     problems = EvalConfig(ks=[5, 5], batch_users=0, chunk_items=-1).problems()
     assert [problem.split()[0] for problem in problems] == ["batch_users", "chunk_items", "ks"]
+    assert "min_train_count" in EvalConfig(min_train_count=-1).problems()[0]
     assert EvalConfig(ks=[]).problems() and EvalConfig(ks=[0, 1]).problems()
     assert not EvalConfig().problems()

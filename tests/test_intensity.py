@@ -177,7 +177,7 @@ def test_the_app_writes_what_prepare_reads_and_tells_the_best(
     assert prepare(PrepareConfig(), path, tmp_path / "data")["users"] == 200
     with pytest.raises(ValueError, match="already there; remove it, or give another file"):
         make_events.main(["counting", str(path)])
-    with pytest.raises(ValueError, match=r"give dirichlet or counting, OUT.parquet"):
+    with pytest.raises(ValueError, match=r"give catalogue or dirichlet or counting, OUT.parquet"):
         make_events.main(["poisson", str(path)])
 
 

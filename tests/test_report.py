@@ -91,6 +91,15 @@ def test_the_table_says_when_the_query_time_is_used(result):
     assert "query time used" in line and "excludes the validation item" in line
 
 
+def test_further_rows_may_have_gaps_and_come_after_the_model(result):
+    result["further"] = {"best possible": {"seen_allowed": {"recall@10": 0.9}}}
+    result["protocol"] |= {"min_train_count": 20, "num_frequent_targets": 1234}
+    first, _, _, _, _, _, row, popularity, *_ = metric_table(result).splitlines()
+    assert row.split() == ["best", "possible", "allowed", "0.9000"]
+    assert popularity.startswith("popularity")
+    assert "20+ events: over the 1,234 users whose target occurs at least 20 times" in first
+
+
 def test_metrics_at_other_cut_offs_get_their_own_column(result):
     result["test"]["seen_masked"]["recall@20"] = 0.5
     _, _, header, _, model, *_ = metric_table(result).splitlines()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from hstu_rec.data.synthetic import FIRST_DAY_S, event_table, item_names
+from hstu_rec.data.synthetic import FIRST_DAY_S, event_table, names
 
 DAY_S = 86_400
 MARKER, FILLER, QUERY = "marker", "filler", "query"
@@ -120,8 +120,9 @@ def dirichlet_events(config: DirichletConfig) -> pa.Table:
     made = dirichlet_histories(config)
     user = np.repeat(np.arange(len(made.lengths)), made.lengths)
     place = np.arange(len(user)) - np.repeat(np.cumsum(made.lengths) - made.lengths, made.lengths)
-    items = item_names(config.num_items)[made.items[user, place]]
-    return event_table(user, items, FIRST_DAY_S + 60 * user + place)
+    items = names("i", made.items[user, place], config.num_items)
+    users = names("u", user, config.num_users)
+    return event_table(users, items, FIRST_DAY_S + 60 * user + place)
 
 
 def best_recall(config: DirichletConfig, k: int) -> dict[str, float]:
@@ -210,8 +211,8 @@ def counting_events(config: CountingConfig) -> pa.Table:
     starts = np.cumsum(lengths) - lengths
     place = np.arange(len(user)) - starts[user]
     order = np.lexsort((random.random(len(user)), user))
-    names = np.where(place < markers[user], MARKER, FILLER)[order]
-    tables.append((user, names, FIRST_DAY_S + 60 * place))
+    items = np.where(place < markers[user], MARKER, FILLER)[order]
+    tables.append((user, items, FIRST_DAY_S + 60 * place))
     everyone = np.arange(config.num_users)
     if config.has_query:
         tables.append((everyone, np.full(len(everyone), QUERY), FIRST_DAY_S + 60 * lengths))
@@ -221,9 +222,9 @@ def counting_events(config: CountingConfig) -> pa.Table:
     part = random.permutation(everyone) * 5 // config.num_users  # 0 .. 4: train, and last two
     day = np.array([0, 0, 0, *COUNTING_DAYS])[part]
     tables.append((everyone, answers, FIRST_DAY_S + DAY_S * day + 60 * (lengths + 1)))
-    user, names, times = (np.concatenate(column) for column in zip(*tables, strict=True))
+    user, items, times = (np.concatenate(column) for column in zip(*tables, strict=True))
     order = np.lexsort((times, user))
-    return event_table(user[order], names[order], times[order])
+    return event_table(names("u", user[order], config.num_users), items[order], times[order])
 
 
 def best_counting_recall(config: CountingConfig, k: int) -> dict[str, float]:

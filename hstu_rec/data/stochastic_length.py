@@ -9,6 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from hstu_rec.data.hashes import mixed, uniform
+
 Choice = Literal["uniform", "newest"]
 
 
@@ -43,22 +45,11 @@ def kept_events(
     offsets = np.append(0, np.cumsum(lengths))
     owner = np.repeat(np.arange(len(lengths)), lengths)
     place = np.arange(offsets[-1]) - offsets[owner]
-    waits = -np.log(_uniform(key, users[owner], place))
+    streams = mixed(np.array([key], dtype=np.uint64), users)
+    waits = -np.log(uniform(mixed(streams[owner], place)))
     if choice == "newest":
         waits /= place + 1
     order = np.lexsort((waits, owner))
     is_kept = np.empty(len(owner), dtype=bool)
     is_kept[order] = place < kept[owner]  # the order is by owner, as the places are
     return is_kept
-
-
-def _uniform(key: int, users: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """float64 in (0, 1) of each pair, by the finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    mixed = np.full(len(users), key, dtype=np.uint64)
-    for values in (users, places):
-        mixed += (values.astype(np.uint64) + np.uint64(1)) * golden
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-    return ((mixed >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53

@@ -9,7 +9,7 @@
 
 import heapq
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -26,8 +26,11 @@ from hstu_rec.data.stochastic_length import (
     short_length,
     whole_share,
 )
+from hstu_rec.data.synthetic import SYNTHETIC, SyntheticConfig, SyntheticDataset
 
 Split = Literal["valid", "test"]
+# What training and evaluation read: of the same interface, one prepared, the other made on the fly.
+Sequences = Dataset | SyntheticDataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,8 @@ class DataConfig:
     """Where the events are and how they are cut into batches."""
 
     path: str = "data/demo"
-    """Dataset folder made by apps/prepare.py."""
+    """Dataset folder made by apps/prepare.py, or synthetic: made on the fly."""
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     batch_users: int = 128
     """Users a step, over all ranks together; 0 when batch_events says it."""
     batch_events: int = 0
@@ -62,7 +66,17 @@ class DataConfig:
             found.append(f"length_alpha must be in (1, 2], or 0 for off; got {self.length_alpha}")
         if self.length_choice != "uniform" and not self.length_alpha:
             found.append("length_choice has no effect without length_alpha; set one of them")
+        if self.path != SYNTHETIC and self.synthetic != SyntheticConfig():
+            found.append(f"synthetic.* has no effect but with path={SYNTHETIC}; got {self.path}")
         return found
+
+
+def open_dataset(config: DataConfig) -> Sequences:
+    """The event sequences that `config` names.
+
+    Raises FileNotFoundError when data.path is no dataset folder, ValueError when another version wrote it.
+    """
+    return SyntheticDataset(config.synthetic) if config.path == SYNTHETIC else Dataset(config.path)
 
 
 class _EpochPlan(NamedTuple):
@@ -80,7 +94,7 @@ class TrainStream:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Sequences,
         config: DataConfig,
         max_history_len: int,
         seed: int,
@@ -202,7 +216,7 @@ class EvalBatch:
 
 
 def eval_batches(
-    dataset: Dataset, split: Split, max_history_len: int, batch_users: int
+    dataset: Sequences, split: Split, max_history_len: int, batch_users: int
 ) -> Iterator[EvalBatch]:
     """This rank's queries, as many batches on every rank (the last ones may be empty).
 
