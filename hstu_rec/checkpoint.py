@@ -58,38 +58,43 @@ def save(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -> 
     _agreed_leaves(state)
     final = root / f"step_{step:08d}"
     partial = final.with_name(final.name + ".tmp")
-    _on_main(lambda: _begin(partial, meta))
+    on_main(lambda: _begin(partial, meta))
     try:
         _save_tensors(partial, state)
-        names = _on_main(lambda: sorted(path.name for path in partial.iterdir()))
-        shares = _together(lambda: {name: _digest(partial / name) for name in _share(names)})
+        names = on_main(lambda: sorted(path.name for path in partial.iterdir()))
+        shares = together(lambda: {name: _digest(partial / name) for name in _share(names)})
         digests = {name: digest for share in shares for name, digest in share.items()}
-        _on_main(lambda: _publish(partial, final, digests))
+        on_main(lambda: _publish(partial, final, digests))
     except CheckpointError:
-        _on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+        on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
         raise
     return final
 
 
-def load(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+def load(
+    path: Path, state: dict[str, Any], apart: Callable[[str], bool] = lambda _: False
+) -> dict[str, Any]:
     """Verifies the checkpoint, fills the tensors of `state` in place, returns its meta.
+
+    Tensors of names that are `apart` are left alone (hstu_rec.saved_rows reads them).
 
     Works at any number of ranks and any sharding. Raises CheckpointError, before a tensor is
     touched, when a file is damaged or when keys, shapes or dtypes of `state` differ from what was
     saved: an optimizer whose state is still empty would otherwise load nothing without a word.
     """
-    if not _on_main(path.is_dir):
+    if not on_main(path.is_dir):
         raise CheckpointError(f"there is no checkpoint {path}; give the folder of a step")
     if problems := _problems(path):
         raise CheckpointError(f"{path} is damaged: " + "; ".join(problems))
     reader = FileSystemReader(path)
     wanted = _agreed_leaves(state)
-    _together(lambda: _check_fit(path, reader.read_metadata().state_dict_metadata, wanted))
+    together(lambda: _check_fit(path, reader.read_metadata().state_dict_metadata, wanted, apart))
+    tensors = {name: tensor for name, tensor in named_tensors(state).items() if not apart(name)}
     try:
-        loader.load(_tensors(state), storage_reader=reader, no_dist=not dist.is_initialized())
+        loader.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise CheckpointError(f"{path} could not be read: {_reasons(error)}") from error
-    return _on_main(lambda: json.loads((path / META).read_text(encoding="utf-8")))
+    return on_main(lambda: json.loads((path / META).read_text(encoding="utf-8")))
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
@@ -98,7 +103,7 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
     (None, [...]) when there is none.
     """
     skipped: list[str] = []
-    for path in _on_main(lambda: _step_folders(root)):
+    for path in on_main(lambda: _step_folders(root)):
         problems = _problems(path)
         if not problems:
             return path, skipped
@@ -116,12 +121,12 @@ def point(root: Path, name: str, path: Path) -> None:
             raise ValueError(f"pointer {name!r} needs a complete checkpoint of {root}; got {path}")
         write_file(root / name, (path.name + "\n").encode())
 
-    _on_main(move)
+    on_main(move)
 
 
 def resolve(root: Path, name: str) -> Path:
     """The step folder that the pointer `name` names; CheckpointError when there is none."""
-    return _on_main(lambda: _resolve(root, name))
+    return on_main(lambda: _resolve(root, name))
 
 
 def purge(root: Path, keep: set[Path] | int) -> None:
@@ -129,7 +134,7 @@ def purge(root: Path, keep: set[Path] | int) -> None:
 
     What a pointer names always stays.
     """
-    _on_main(lambda: _purge(root, keep))
+    on_main(lambda: _purge(root, keep))
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -143,7 +148,27 @@ def write_file(path: Path, content: bytes) -> None:
     _sync_folder(path.parent)
 
 
-def _together(function: Callable[[], T]) -> list[T]:
+def named_tensors(state: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a nested dict by path: {"a": {"b": t}} -> {"a/b": t}."""
+    tensors: dict[str, torch.Tensor] = {}
+    for key, value in state.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            inner = named_tensors(value, name + "/")
+        elif isinstance(value, torch.Tensor):
+            inner = {name: value}
+        else:
+            raise ValueError(
+                f"state {name!r} is a {type(value).__name__}; a checkpoint's state holds tensors, "
+                "other values belong in meta"
+            )
+        if clash := tensors.keys() & inner.keys():
+            raise ValueError(f"state has two tensors named {sorted(clash)[0]!r}")
+        tensors |= inner
+    return tensors
+
+
+def together(function: Callable[[], T]) -> list[T]:
     """Every rank's result, by rank; a failure on any of them raises on all."""
     result: T | None = None
     failure: Exception | None = None
@@ -165,9 +190,9 @@ def _together(function: Callable[[], T]) -> list[T]:
     return [value for value, _ in everyone]  # type: ignore[misc]
 
 
-def _on_main(function: Callable[[], T]) -> T:
+def on_main(function: Callable[[], T]) -> T:
     """Rank 0's result on every rank; its failure raises on all."""
-    return _together(lambda: function() if distributed.is_main() else None)[0]  # type: ignore[return-value]
+    return together(lambda: function() if distributed.is_main() else None)[0]  # type: ignore[return-value]
 
 
 def _share(names: list[str]) -> list[str]:
@@ -175,29 +200,9 @@ def _share(names: list[str]) -> list[str]:
     return names[distributed.rank() :: distributed.world_size()]
 
 
-def _tensors(state: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of a nested dict by path: {"a": {"b": t}} -> {"a/b": t}."""
-    tensors: dict[str, torch.Tensor] = {}
-    for key, value in state.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            inner = _tensors(value, name + "/")
-        elif isinstance(value, torch.Tensor):
-            inner = {name: value}
-        else:
-            raise ValueError(
-                f"state {name!r} is a {type(value).__name__}; a checkpoint's state holds tensors, "
-                "other values belong in meta"
-            )
-        if clash := tensors.keys() & inner.keys():
-            raise ValueError(f"state has two tensors named {sorted(clash)[0]!r}")
-        tensors |= inner
-    return tensors
-
-
 def _agreed_leaves(state: dict[str, Any]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Size and dtype by name, over all ranks; CheckpointError on all where they disagree."""
-    ranks = _together(lambda: _leaves(state))
+    ranks = together(lambda: _leaves(state))
     agreed = {name: leaf for leaves, _ in ranks for name, leaf in leaves.items()}
     for leaves, plain in ranks:
         if plain != ranks[0][1] or any(leaf != agreed[name] for name, leaf in leaves.items()):
@@ -209,7 +214,7 @@ def _leaves(
     state: dict[str, Any],
 ) -> tuple[dict[str, tuple[torch.Size, torch.dtype]], set[str]]:
     """This rank's sizes and dtypes by name, and the names that are not sharded."""
-    tensors = _tensors(state)
+    tensors = named_tensors(state)
     plain = {name for name, t in tensors.items() if type(t) in (torch.Tensor, nn.Parameter)}
     return {name: (tensor.size(), tensor.dtype) for name, tensor in tensors.items()}, plain
 
@@ -230,7 +235,7 @@ def _begin(partial: Path, meta: dict[str, Any]) -> None:
 def _save_tensors(folder: Path, state: dict[str, Any]) -> None:
     writer = FileSystemWriter(folder, sync_files=True)
     try:
-        saver.save(_tensors(state), storage_writer=writer, no_dist=not dist.is_initialized())
+        saver.save(named_tensors(state), storage_writer=writer, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise CheckpointError(f"{folder} could not be written: {_reasons(error)}") from error
 
@@ -262,10 +267,10 @@ def _digest(path: Path) -> dict[str, Any]:
 def _problems(path: Path) -> list[str]:
     """What is wrong with the checkpoint's files, by file; each rank hashes its share of them."""
     try:
-        files = _on_main(lambda: _read_manifest(path))
+        files = on_main(lambda: _read_manifest(path))
     except CheckpointError as error:
         return [str(error)]
-    parts = _together(
+    parts = together(
         lambda: {name: _problem(path / name, files[name]) for name in _share([*files])}
     )
     found = {name: problem for part in parts for name, problem in part.items()}
@@ -306,8 +311,12 @@ def _problem(path: Path, expected: dict[str, Any]) -> str:
 
 
 def _check_fit(
-    path: Path, saved: dict[str, Any], wanted: dict[str, tuple[torch.Size, torch.dtype]]
+    path: Path,
+    saved: dict[str, Any],
+    wanted: dict[str, tuple[torch.Size, torch.dtype]],
+    apart: Callable[[str], bool],
 ) -> None:
+    saved, wanted = ({n: v for n, v in names.items() if not apart(n)} for names in (saved, wanted))
     sentences = [f"{name!r} is not in the checkpoint" for name in wanted if name not in saved]
     sentences += [
         f"{name!r} is in the checkpoint but not in the state to fill (fill an optimizer's state "
