@@ -28,7 +28,7 @@ INIT_BLOCK_ROWS = 4096
 # reads the ids of a bag one after another, in one warp.
 NUM_BAGS = {"cpu": 1, "cuda": 4096}
 
-NewRows = Literal["mean", "popularity", "random"]
+NewRows = Literal["random", "mean", "popularity"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +50,10 @@ class TableConfig:
     """Standard deviation of normal rows."""
     init_norm: float = 0.5
     """Mean length of co-occurrence rows."""
-    new_rows: NewRows = "mean"
-    """How rows of items new since the run of train.warm_start begin: as the mean of the known rows, as the
-    mean of those with about as many training events (by powers of two), or random, N(0, init_std)."""
+    new_rows: NewRows = "random"
+    """How rows of items new since the run of train.warm_start begin: random, N(0, init_std), whatever init;
+    as the mean of the known rows; or as the mean of those of like popularity (within the same powers of
+    two of training events). Equal rows tie until they are trained, and ties are never hits."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""

@@ -366,7 +366,7 @@ def test_settings_that_contradict_a_warm_start_are_told(tmp_path):
     cases = {
         "two beginnings": ["train.warm_start=a", "train.resume=b/checkpoints/step_00000001"],
         "another run than train.run_dir": ["train.warm_start=a/checkpoints", "train.run_dir=a"],
-        "table.new_rows has no effect": ["table.new_rows=random"],
+        "table.new_rows has no effect": ["table.new_rows=mean"],
     }
     for sentence, given in cases.items():
         with pytest.raises(ValueError, match=sentence):
