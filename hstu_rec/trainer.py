@@ -230,7 +230,8 @@ def _found(config: RunConfig, folder: Path) -> tuple[Path | None, list[str]]:
     found, skipped = checkpoint.newest(folder / "checkpoints")
     told = [f"resume: {sentence}" for sentence in skipped]
     if found is None:
-        told.append("resume: no complete checkpoint, starting anew")
+        how = "from train.warm_start" if config.train.warm_start else "anew"
+        told.append(f"resume: no complete checkpoint, starting {how}")
     return found, told
 
 
