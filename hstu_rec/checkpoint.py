@@ -71,8 +71,12 @@ def save(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -> 
     return final
 
 
-def load(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+def load(
+    path: Path, state: dict[str, Any], apart: Callable[[str], bool] = lambda _: False
+) -> dict[str, Any]:
     """Verifies the checkpoint, fills the tensors of `state` in place, returns its meta.
+
+    Tensors of names that are `apart` are left alone (hstu_rec.saved_rows reads them).
 
     Works at any number of ranks and any sharding. Raises CheckpointError, before a tensor is
     touched, when a file is damaged or when keys, shapes or dtypes of `state` differ from what was
@@ -84,9 +88,10 @@ def load(path: Path, state: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: " + "; ".join(problems))
     reader = FileSystemReader(path)
     wanted = _agreed_leaves(state)
-    _together(lambda: _check_fit(path, reader.read_metadata().state_dict_metadata, wanted))
+    _together(lambda: _check_fit(path, reader.read_metadata().state_dict_metadata, wanted, apart))
+    tensors = {name: tensor for name, tensor in named_tensors(state).items() if not apart(name)}
     try:
-        loader.load(_tensors(state), storage_reader=reader, no_dist=not dist.is_initialized())
+        loader.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise CheckpointError(f"{path} could not be read: {_reasons(error)}") from error
     return _on_main(lambda: json.loads((path / META).read_text(encoding="utf-8")))
@@ -143,6 +148,26 @@ def write_file(path: Path, content: bytes) -> None:
     _sync_folder(path.parent)
 
 
+def named_tensors(state: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a nested dict by path: {"a": {"b": t}} -> {"a/b": t}."""
+    tensors: dict[str, torch.Tensor] = {}
+    for key, value in state.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            inner = named_tensors(value, name + "/")
+        elif isinstance(value, torch.Tensor):
+            inner = {name: value}
+        else:
+            raise ValueError(
+                f"state {name!r} is a {type(value).__name__}; a checkpoint's state holds tensors, "
+                "other values belong in meta"
+            )
+        if clash := tensors.keys() & inner.keys():
+            raise ValueError(f"state has two tensors named {sorted(clash)[0]!r}")
+        tensors |= inner
+    return tensors
+
+
 def _together(function: Callable[[], T]) -> list[T]:
     """Every rank's result, by rank; a failure on any of them raises on all."""
     try:
@@ -161,26 +186,6 @@ def _share(names: list[str]) -> list[str]:
     return names[distributed.rank() :: distributed.world_size()]
 
 
-def _tensors(state: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of a nested dict by path: {"a": {"b": t}} -> {"a/b": t}."""
-    tensors: dict[str, torch.Tensor] = {}
-    for key, value in state.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            inner = _tensors(value, name + "/")
-        elif isinstance(value, torch.Tensor):
-            inner = {name: value}
-        else:
-            raise ValueError(
-                f"state {name!r} is a {type(value).__name__}; a checkpoint's state holds tensors, "
-                "other values belong in meta"
-            )
-        if clash := tensors.keys() & inner.keys():
-            raise ValueError(f"state has two tensors named {sorted(clash)[0]!r}")
-        tensors |= inner
-    return tensors
-
-
 def _agreed_leaves(state: dict[str, Any]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Size and dtype by name, over all ranks; CheckpointError on all where they disagree."""
     ranks = _together(lambda: _leaves(state))
@@ -195,7 +200,7 @@ def _leaves(
     state: dict[str, Any],
 ) -> tuple[dict[str, tuple[torch.Size, torch.dtype]], set[str]]:
     """This rank's sizes and dtypes by name, and the names that are not sharded."""
-    tensors = _tensors(state)
+    tensors = named_tensors(state)
     plain = {name for name, t in tensors.items() if type(t) in (torch.Tensor, nn.Parameter)}
     return {name: (tensor.size(), tensor.dtype) for name, tensor in tensors.items()}, plain
 
@@ -216,7 +221,7 @@ def _begin(partial: Path, meta: dict[str, Any]) -> None:
 def _save_tensors(folder: Path, state: dict[str, Any]) -> None:
     writer = FileSystemWriter(folder, sync_files=True)
     try:
-        saver.save(_tensors(state), storage_writer=writer, no_dist=not dist.is_initialized())
+        saver.save(named_tensors(state), storage_writer=writer, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise CheckpointError(f"{folder} could not be written: {_reasons(error)}") from error
 
@@ -292,8 +297,12 @@ def _problem(path: Path, expected: dict[str, Any]) -> str:
 
 
 def _check_fit(
-    path: Path, saved: dict[str, Any], wanted: dict[str, tuple[torch.Size, torch.dtype]]
+    path: Path,
+    saved: dict[str, Any],
+    wanted: dict[str, tuple[torch.Size, torch.dtype]],
+    apart: Callable[[str], bool],
 ) -> None:
+    saved, wanted = ({n: v for n, v in names.items() if not apart(n)} for names in (saved, wanted))
     sentences = [f"{name!r} is not in the checkpoint" for name in wanted if name not in saved]
     sentences += [
         f"{name!r} is in the checkpoint but not in the state to fill (fill an optimizer's state "

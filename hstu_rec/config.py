@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
 from hstu_rec.data.stream import DataConfig
+from hstu_rec.data.synthetic import SYNTHETIC
 from hstu_rec.distributed import DeviceChoice, Precision
 from hstu_rec.encoder_config import EncoderConfig
 from hstu_rec.evaluator import EvalConfig
@@ -101,6 +102,9 @@ class TrainConfig:
     """Keeps a layer's input alone and makes the rest again in backward: less memory, a longer step."""
     resume: str = "none"
     """none, auto (newest complete checkpoint of train.run_dir), or a checkpoint folder."""
+    warm_start: str = ""
+    """Run whose best checkpoint, or RUN/checkpoints/step_<number>, that this run begins as, with another
+    catalogue: items of the same own id keep their rows; for the others see table.new_rows."""
     run_dir: str = ""
     """Folder of the run; runs/<time>-<name> when empty."""
     keep_checkpoints: int = 2
@@ -121,12 +125,27 @@ class TrainConfig:
             found.append(f"seed must be in 0..{2**32 - 1}; got {self.seed}")
         if self.resume == "auto" and not self.run_dir:
             found.append("resume 'auto' needs train.run_dir, the folder of the run to go on with")
+        if self.warm_start:
+            found += self._warm_start_problems()
         for name in ("compile", "recompute"):
             if self.cuda_graphs and getattr(self, name):
                 found.append(
                     f"cuda_graphs is for small models, {name} for large ones; set one of them to false"
                 )
         return found
+
+    def _warm_start_problems(self) -> Iterator[str]:
+        own = Path(self.run_dir) if self.run_dir else None
+        if own is not None and Path(self.warm_start).is_relative_to(own):
+            yield (
+                f"warm_start must be another run than train.run_dir; got {self.warm_start} and "
+                f"{self.run_dir}"
+            )
+        is_own = own is not None and Path(self.resume).is_relative_to(own)
+        if self.resume not in ("none", "auto") and not is_own:
+            yield (
+                f"warm_start {self.warm_start} and resume {self.resume} are two beginnings; give one of them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +175,10 @@ class RunConfig:
             found.append(
                 f"train.select must be one of {', '.join(allowed)}; got '{self.train.select}'{near}"
             )
+        if self.train.warm_start and self.data.path == SYNTHETIC:
+            found.append(f"train.warm_start needs items with own ids, not data.path={SYNTHETIC}")
+        if self.table.new_rows != TableConfig().new_rows and not self.train.warm_start:
+            found.append("table.new_rows has no effect without train.warm_start; set one of them")
         if 0 < self.data.batch_events < self.encoder.max_history_len:
             found.append(
                 "data.batch_events must hold the longest history, encoder.max_history_len = "

@@ -29,6 +29,8 @@ INIT_BLOCK_ROWS = 4096
 # reads the ids of a bag one after another, in one warp.
 NUM_BAGS = {"cpu": 1, "cuda": 4096}
 
+NewRows = Literal["random", "mean", "popularity"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TableConfig:
@@ -49,6 +51,10 @@ class TableConfig:
     """Standard deviation of normal rows."""
     init_norm: float = 0.5
     """Mean length of co-occurrence rows."""
+    new_rows: NewRows = "random"
+    """How rows of items new since the run of train.warm_start begin: random, N(0, init_std), whatever init;
+    as the mean of the known rows; or as the mean of those of like popularity (within the same powers of
+    two of training events). Equal rows tie until they are trained, and ties are never hits."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
@@ -227,14 +233,23 @@ def shard_model(
             init_data_parallel=distributed.world_size() > 1,
         )
     for rows, first in local_shards(sharded):
-        _initialise(rows, first, config.init_std, seed)
+        draw_rows(rows, first, config.init_std, seed)
     return sharded
 
 
 def local_shards(sharded: nn.Module) -> list[tuple[Tensor, int]]:
     """This rank's live rows [n, D] with the item id of the first; empty on a rank that owns none."""
-    name = next(n for n in sharded.state_dict() if n.endswith(f"embeddings.{TABLE}.weight"))
-    weight: Any = sharded.state_dict()[name]
+    name = next(n for n in sharded.state_dict() if has_rows(n))
+    return shards_of(sharded.state_dict()[name])
+
+
+def has_rows(name: str) -> bool:
+    """Whether a tensor of a model's or its fused optimizer's state has one row an item, by its name."""
+    return f"embeddings.{TABLE}.weight" in name
+
+
+def shards_of(weight: Any) -> list[tuple[Tensor, int]]:
+    """This rank's parts [n, ...] of a sharded tensor, live, with the row that each begins at."""
     if hasattr(weight, "to_local"):
         local = weight.to_local()
         # A rank without rows has no shard, but one (empty) offset.
@@ -258,15 +273,8 @@ def fill_rows(
             mine.copy_(torch.where(values.any(1, keepdim=True), values.to(mine), mine))
 
 
-def _same_items(rows: Tensor, first: int, block: Tensor, begin: int) -> tuple[Tensor, Tensor]:
-    """What `rows`, of items from `first` on, and `block`, of items from `begin` on, have both; views."""
-    low = max(first, begin)
-    high = max(min(first + len(rows), begin + len(block)), low)
-    return rows[low - first : high - first], block[low - begin : high - begin]
-
-
-def _initialise(rows: Tensor, first: int, std: float, seed: int) -> None:
-    """Fills rows first .. first + n of the table with N(0, std), a function of seed and row."""
+def draw_rows(rows: Tensor, first: int, std: float, seed: int) -> Tensor:
+    """Fills rows first .. first + n of the table with N(0, std), a function of seed and row; returns them."""
     end = first + len(rows)
 
     @torch.no_grad()  # which holds for one thread
@@ -282,3 +290,11 @@ def _initialise(rows: Tensor, first: int, std: float, seed: int) -> None:
     with ThreadPoolExecutor(distributed.num_cores()) as threads:
         for _ in threads.map(fill, blocks):
             pass
+    return rows
+
+
+def _same_items(rows: Tensor, first: int, block: Tensor, begin: int) -> tuple[Tensor, Tensor]:
+    """What `rows`, of items from `first` on, and `block`, of items from `begin` on, have both; views."""
+    low = max(first, begin)
+    high = max(min(first + len(rows), begin + len(block)), low)
+    return rows[low - first : high - first], block[low - begin : high - begin]

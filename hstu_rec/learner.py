@@ -17,7 +17,7 @@ from hstu_rec.co_occurrence import count_pairs, item_vectors
 from hstu_rec.config import OptimConfig, RunConfig
 from hstu_rec.data.stream import Sequences, TrainStream
 from hstu_rec.encoder import HSTUEncoder
-from hstu_rec.encoder_config import chosen_kernel
+from hstu_rec.encoder_config import EncoderConfig, chosen_kernel
 from hstu_rec.flops import history_flops
 from hstu_rec.graphs import DenseGraphs
 from hstu_rec.item_table import ItemTable, fill_rows, shard_model
@@ -31,12 +31,19 @@ from hstu_rec.pipeline import InputPipeline, Meanwhile, Place
 SEEN_RATE = 10.0
 
 
-def resolved(config: RunConfig, dataset: Sequences) -> RunConfig:
-    """`config` with what the data decide: the calendar's range, that of the training events."""
+def resolved(
+    config: RunConfig, dataset: Sequences, former: EncoderConfig | None = None
+) -> RunConfig:
+    """`config` with what the data decide: the calendar's range, that of the training events.
+
+    The range of the `former` encoder, which is gone on with, begins where it did and never ends earlier.
+    """
     encoder = config.encoder
     if encoder.calendar == "none" or encoder.calendar_begin or encoder.calendar_end:
         return config
     begin, end = dataset.train_time_range()
+    if former is not None and former.calendar != "none":
+        begin, end = former.calendar_begin, max(former.calendar_end, end)
     return replace(config, encoder=replace(encoder, calendar_begin=begin, calendar_end=end))
 
 

@@ -5,7 +5,7 @@ epochs of Learner.step -> validation -> best and last checkpoint -> test with th
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,19 @@ import torch
 from hstu_rec import checkpoint, distributed, hosts
 from hstu_rec.baselines import baseline_metrics
 from hstu_rec.config import RunConfig, leaves, load, save, to_yaml
+from hstu_rec.data.dataset import Dataset
+from hstu_rec.data.item_map import keep_item_map
 from hstu_rec.data.known_best import best_recall
 from hstu_rec.data.stream import Sequences, open_dataset
 from hstu_rec.data.synthetic import SyntheticDataset
+from hstu_rec.encoder_config import EncoderConfig
 from hstu_rec.evaluator import evaluate
 from hstu_rec.flops import history_flops, peak_flops
 from hstu_rec.learner import Learner, check_graphs, resolved
 from hstu_rec.report import metric_table, write_report
 from hstu_rec.tracking import Tracker
 from hstu_rec.versions import versions
+from hstu_rec.warm_start import FormerRun, former_run, warm_start
 
 PARTS = ("seen_masked", "seen_allowed")
 
@@ -37,6 +41,8 @@ class Progress:
     best_epoch: int = 0
     num_without_gain: int = 0
     train_s: float = 0.0
+    steps_before: int = 0
+    """Steps that the weights had seen in the runs that this one was warm started from."""
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -47,9 +53,15 @@ def train(config: RunConfig) -> dict[str, Any]:
     made_with = versions()  # now, because the source may change while it trains
     with distributed.process_group(config.train.device) as device:
         dataset = _opened(config, made_with)
-        config = resolved(config, dataset)
-        check_graphs(config, device)  # before anything is written
+        # Before anything is written:
         folder = _run_folder(config)
+        found, told = _found(config, folder)
+        is_warm = found is None and config.train.warm_start != ""
+        former = former_run(config.train.warm_start) if is_warm else None
+        config = resolved(config, dataset, _former_encoder(found, former))
+        if former is not None:
+            former.check(config)
+        check_graphs(config, device)
         hosts.make_shared(folder, "train.run_dir")
         if distributed.is_main():
             save(config, folder / "config.yaml")
@@ -57,7 +69,17 @@ def train(config: RunConfig) -> dict[str, Any]:
         with Tracker(folder, distributed.is_main()) as tracker:
             learner = Learner(config, dataset, device)
             tracker.say(_opening(config, dataset, learner, folder))
-            progress = _resume(config, learner, dataset, folder, tracker)
+            for sentence in told:
+                tracker.say(sentence)
+            if former is None:
+                progress = _resume(found, learner, dataset, folder, tracker)
+            else:
+                progress = _warm_start(former, learner, dataset, folder, tracker)
+            if isinstance(dataset, Dataset):
+                hosts.on_main(lambda: keep_item_map(dataset.path, folder))
+            if former is not None:
+                # What it begins with may stay the best.
+                _validate(config, learner, dataset, folder, tracker, progress)
             _fit(config, learner, dataset, folder, tracker, progress)
             _load(checkpoint.resolve(folder / "checkpoints", "best"), learner, dataset)
             result = _result(config, learner, dataset, progress, made_with)
@@ -217,24 +239,40 @@ def _seen_bias(learner: Learner) -> float | None:
     return None if bias is None else float(bias.detach())
 
 
+def _found(config: RunConfig, folder: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint that train.resume names, None when there is none, and what is to be told about it."""
+    if config.train.resume == "none":
+        return None, []
+    if config.train.resume != "auto":
+        return Path(config.train.resume), []
+    found, skipped = checkpoint.newest(folder / "checkpoints")
+    told = [f"resume: {sentence}" for sentence in skipped]
+    if found is None:
+        how = "from train.warm_start" if config.train.warm_start else "anew"
+        told.append(f"resume: no complete checkpoint, starting {how}")
+    return found, told
+
+
+def _former_encoder(found: Path | None, former: FormerRun | None) -> EncoderConfig | None:
+    """That of the run whose weights this one begins with."""
+    if former is not None:
+        return former.config.encoder
+    written = None if found is None else found.parent.parent / "config.yaml"
+    if written is None or not written.is_file():
+        return None
+    return load(RunConfig, [str(written)]).encoder
+
+
 def _resume(
-    config: RunConfig, learner: Learner, dataset: Sequences, folder: Path, tracker: Tracker
+    found: Path | None, learner: Learner, dataset: Sequences, folder: Path, tracker: Tracker
 ) -> Progress:
-    """Loads the checkpoint that train.resume names, or begins anew."""
-    root, found = folder / "checkpoints", None
-    if config.train.resume == "auto":
-        found, skipped = checkpoint.newest(root)
-        for sentence in skipped:
-            tracker.say(f"resume: {sentence}")
-        if found is None:
-            tracker.say("resume: no complete checkpoint, starting anew")
-    elif config.train.resume != "none":
-        found = Path(config.train.resume)
+    """Loads the checkpoint `found`, or begins anew."""
     if found is None:
         learner.begin()
         return Progress()
+    root = folder / "checkpoints"
     progress = _load(found, learner, dataset)
-    learner.continue_at(progress.step)
+    learner.continue_at(progress.steps_before + progress.step)
     if found.parent.resolve() != root.resolve():
         # The best of another folder cannot be tested from here.
         progress.best, progress.best_epoch, progress.num_without_gain = None, 0, 0
@@ -242,6 +280,21 @@ def _resume(
         checkpoint.point(root, "best", found)  # the stop may have come before the pointer moved
     tracker.say(f"resume: {found}, epoch {progress.epoch}, step {progress.step}")
     return progress
+
+
+def _warm_start(
+    former: FormerRun, learner: Learner, dataset: Sequences, folder: Path, tracker: Tracker
+) -> Progress:
+    """Begins as `former` ended, with the items of `dataset`."""
+    assert isinstance(dataset, Dataset)  # the configuration was checked
+    begun = warm_start(former, learner, dataset, folder)
+    items = begun.items
+    tracker.say(
+        f"warm start  {former.checkpoint}, {begun.num_steps} steps: {items.num_known:,} items known, "
+        f"{items.num_new:,} new (rows: {learner.config.table.new_rows}), {items.num_retired:,} retired"
+    )
+    tracker.log("warm_start", 0, asdict(items))
+    return Progress(steps_before=begun.num_steps)
 
 
 def _load(path: Path, learner: Learner, dataset: Sequences) -> Progress:

@@ -16,8 +16,12 @@ def write_dataset(
     sequences: Sequence[Sequence[int]],
     timestamps: Sequence[Sequence[int]] | None = None,
     num_items: int | None = None,
+    item_ids: Sequence[int] | Sequence[str] | None = None,
 ) -> Dataset:
-    """The dataset of these users' item indices, leave-one-out; an hour between events by default."""
+    """The dataset of these users' item indices, leave-one-out; an hour between events by default.
+
+    Own ids of items are their indices where not given.
+    """
     path.mkdir(parents=True)
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     items = np.array([item for sequence in sequences for item in sequence], dtype=np.int32)
@@ -45,7 +49,7 @@ def write_dataset(
     pq.write_table(
         pa.table(
             {
-                "item_id": np.arange(num_items),
+                "item_id": pa.array(range(num_items) if item_ids is None else item_ids),
                 "index": np.arange(num_items),
                 "count": np.bincount(items, minlength=num_items),
                 "train_count": np.bincount(items[is_train], minlength=num_items),

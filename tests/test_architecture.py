@@ -14,7 +14,7 @@ PACKAGE = ROOT / "hstu_rec"
 LAYERS = [
     {"loss_benchmark", "encoder_benchmark", "attention_tuning"},
     {"trainer", "benchmark", "quality", "attention_benchmark"},
-    {"runs"},
+    {"runs", "warm_start"},
     {"learner"},
     {"pipeline"},
     {"graphs"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"encoder_config"},
     {"softmax"},
     {"data", "ops"},
-    {"checkpoint", "tracking"},
+    {"checkpoint", "tracking", "saved_rows"},
     {"hosts"},
     {"distributed", "versions"},
 ]
