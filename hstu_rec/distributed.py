@@ -202,6 +202,11 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
+def host_memory() -> int:
+    """Bytes of this host's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def is_launched() -> bool:
     """True in a process that torchrun or torchx started."""
     return "RANK" in os.environ
