@@ -8,6 +8,7 @@ divided: every rank scores all queries against its own part, so that queries tra
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -72,23 +73,31 @@ class NegativeSampler:
         self, config: LossConfig, num_items: int, train_counts: np.ndarray, seed: int
     ) -> None:
         self.config, self.num_items, self.seed = config, num_items, seed
-        weights = np.asarray(train_counts, dtype=np.float64) ** config.frequency_power
-        self._frequency = weights / weights.sum()
-        self._cumulative = np.cumsum(self._frequency)
-        self._log_q = self._make_log_q(np.asarray(train_counts, dtype=np.float64))
+        self._counts = train_counts
+        self._log_q = self._make_log_q()
 
-    def _make_log_q(self, counts: np.ndarray) -> Tensor | None:
+    # Made when they are first drawn by: of a large catalogue, they are large.
+    @cached_property
+    def _frequency(self) -> np.ndarray:
+        weights = np.asarray(self._counts, dtype=np.float64) ** self.config.frequency_power
+        return weights / weights.sum()
+
+    @cached_property
+    def _cumulative(self) -> np.ndarray:
+        return np.cumsum(self._frequency)
+
+    def _make_log_q(self) -> Tensor | None:
         """log of each item's probability at one draw, or None without the correction."""
-        config = self.config
-        if not config.use_logq:
+        if not self.config.use_logq:
             return None
-        uniform = np.full(self.num_items, 1 / self.num_items)
-        expected = {
-            "uniform": uniform,
-            "frequency": self._frequency,
-            "mixed": (uniform + self._frequency) / 2,
-            "in_batch": counts / counts.sum(),
-        }[config.negatives]
+        kind, uniform = self.config.negatives, 1 / self.num_items
+        if kind == "uniform":
+            expected = np.full(self.num_items, uniform)
+        elif kind == "in_batch":
+            counts = np.asarray(self._counts, dtype=np.float64)
+            expected = counts / counts.sum()
+        else:
+            expected = self._frequency if kind == "frequency" else (uniform + self._frequency) / 2
         return torch.from_numpy(np.log(np.maximum(expected, MIN_PROBABILITY))).float()
 
     def draw(self, step: int, target_ids: Tensor) -> Negatives:
@@ -106,10 +115,11 @@ class NegativeSampler:
             generator = distributed.generator("negatives", self.seed, step)
             num_uniform = {"uniform": count, "frequency": 0, "mixed": count // 2}[kind]
             uniform = generator.integers(0, self.num_items, num_uniform)
-            points = generator.random(count - num_uniform) * self._cumulative[-1]
-            drawn = torch.from_numpy(
-                np.concatenate([uniform, np.searchsorted(self._cumulative, points, side="right")])
-            )
+            by_frequency = uniform[:0]
+            if num_uniform < count:
+                points = generator.random(count - num_uniform) * self._cumulative[-1]
+                by_frequency = np.searchsorted(self._cumulative, points, side="right")
+            drawn = torch.from_numpy(np.concatenate([uniform, by_frequency]))
         ids, times = torch.unique(drawn, return_counts=True)
         log_weights = times.float().log()
         if self._log_q is None:
