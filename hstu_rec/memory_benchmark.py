@@ -1,0 +1,101 @@
+"""What training holds, measured beside what hstu_rec.planning says: a few real steps on made events."""
+
+import gc
+import resource
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hstu_rec import distributed
+from hstu_rec.item_table import Cluster
+from hstu_rec.learner import Learner
+from hstu_rec.planning import GIB, PlannedRun, made_lengths, make_plan
+
+NUM_STEPS = 6
+REHEARSAL_ITEMS = 4096
+
+
+class MadeEvents:
+    """A dataset of users without structure, of which nothing is stored: items are a function of user and
+    place, all as frequent."""
+
+    def __init__(self, num_items: int, lengths: np.ndarray) -> None:
+        self.path, self.num_items = Path("made events"), num_items
+        self.train_ends = lengths + 1
+
+    @cached_property
+    def train_counts(self) -> np.ndarray:
+        """int64 [N]"""
+        return np.ones(self.num_items, dtype=np.int64)
+
+    def train_time_range(self) -> tuple[int, int]:
+        """Times in s of the first and last event."""
+        return 0, 3600 * int(self.train_ends.max())
+
+    def gather(
+        self, users: np.ndarray, begins: np.ndarray, ends: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As `Dataset.gather`."""
+        counts = ends - begins
+        offsets = np.append(0, np.cumsum(counts))
+        places = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - begins, counts)
+        mixed = (np.repeat(users, counts) * 2**32 + places).astype(np.uint64)
+        for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):  # SplitMix64's finaliser
+            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(factor)
+        items = ((mixed >> np.uint64(11)) % np.uint64(self.num_items)).astype(np.int64)
+        return items, 3600 * places, offsets
+
+
+def measure_memory(config: PlannedRun, device: torch.device) -> Iterator[str]:
+    """Lines of measured and estimated memory of each rank; `world` and `hbm` are those of the processes.
+    Collective.
+
+    On CUDA the peak of the allocator, on CPU that of the resident set, over what there was before the model.
+    A small model has trained before, so that libraries are loaded.
+    """
+    cluster = Cluster.present(device)
+    hosts = cluster.num_ranks // cluster.ranks_per_host
+    plan_config = replace(config.plan, device=cluster.device_type, popularity_power=0.0)
+    config = replace(config, world=f"{hosts}x{cluster.ranks_per_host}", plan=plan_config)
+    small = replace(config, data=replace(config.data, batch_users=16, batch_events=0))
+    _train(small, REHEARSAL_ITEMS, device)
+    gc.collect()
+    before, peak_before = _held(device)
+    held = _train(config, int(config.plan.num_items), device)
+    measured = torch.tensor(held - max(before, 0), dtype=torch.float64)
+    plan = make_plan(config, cluster)
+    estimated = plan.device_bytes
+    yield f"before the model  {before / GIB:.3f} GiB, at most {peak_before / GIB:.3f}"
+    yield "estimated GiB     " + ", ".join(f"{k} {v / GIB:.3f}" for k, v in plan.device.items())
+    for rank, value in enumerate(distributed.all_gather_rows(measured[None]).tolist()):
+        yield (
+            f"rank {rank}            measured {value / GIB:.3f} GiB, estimated {estimated / GIB:.3f} GiB, "
+            f"{estimated / value - 1:+.1%}"
+        )
+
+
+def _train(config: PlannedRun, num_items: int, device: torch.device) -> int:
+    """The most bytes that were held in a few steps."""
+    lengths = made_lengths(config, NUM_STEPS)
+    dataset: Any = MadeEvents(num_items, lengths)
+    learner = Learner(config, dataset, device)
+    learner.model.train()
+    for index in range(min(NUM_STEPS, learner.stream.num_steps(0))):
+        learner.step(0, index, index)
+    return _held(device)[1]
+
+
+def _held(device: torch.device) -> tuple[int, int]:
+    """Bytes that are held, and the most that were so far."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        held = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return held
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize(), 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
