@@ -10,9 +10,9 @@
     python apps/benchmark.py memory [CONFIG.yaml ...] [key=value ...]   what a rank holds beside its estimate
     python apps/benchmark.py quality RECIPE.yaml ... [quality.key=value ...] [key=value ...]
 
-torchrun and torchx launch step, epoch, curve and memory. `MEASURE help` lists keys. quality trains recipes with
-several seeds, in processes that it launches, but for runs that are done, and writes quality.md, .json and .png
-beside published figures and baselines. quality.* are its own settings, others are given to all runs.
+torchrun and torchx launch step, epoch, curve and memory. `MEASURE help` lists keys. quality trains recipes
+with several seeds, in processes that it launches, but for runs that are done; it writes quality.md, .json and
+.png beside published figures and baselines. quality.* are its own settings, others are given to all runs.
 """
 
 import sys
