@@ -225,11 +225,15 @@ def _fused_optimizer(config: TableConfig, device: torch.device) -> tuple[Any, di
     return classes[config.optimizer], {"lr": config.lr, "eps": config.eps}
 
 
+class PlacementError(ValueError):
+    """The ranks have too little memory for a table."""
+
+
 def sharding_plan(model: nn.Module, config: TableConfig, cluster: Cluster) -> Any:
     """TorchRec's ShardingPlan of `model` (with one ItemTable in it, on the meta device) for a cluster.
 
-    Raises ValueError where the table cannot be placed: fewer items than row-wise sharding needs, unified
-    memory without a GPU, too little memory.
+    Raises PlacementError for too little memory, ValueError for fewer items than row-wise sharding needs and
+    unified memory without a GPU.
     """
     from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
     from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -264,11 +268,11 @@ def sharding_plan(model: nn.Module, config: TableConfig, cluster: Cluster) -> An
         return planner.plan(model, _sharders())
     except PlannerError as error:
         reason = next(line for line in str(error).splitlines() if line.strip())
-        raise ValueError(
+        raise PlacementError(
             f"TorchRec's planner finds no place for {table.num_items} rows of {table.dim} "
             f"({config.sharding}, {config.kernel}) on {cluster.num_ranks} ranks of "
             f"{cluster.device_bytes / 2**30:.1f} GiB on the device and {cluster.host_bytes / 2**30:.1f} "
-            f"GiB on the host, of which it leaves {RESERVED_FRACTION:.0%} to the rest: {reason.strip()}; "
+            f"GiB on the host, of which it leaves {RESERVED_FRACTION:.0%} to the rest: {reason.strip(' .')}; "
             "give more ranks, table.sharding=row_wise, or on CUDA table.kernel=uvm_caching"
         ) from error
 

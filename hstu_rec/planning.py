@@ -18,7 +18,7 @@ from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.stochastic_length import cut_lengths
 from hstu_rec.data.stream import deal
 from hstu_rec.flops import encoder_flops, loss_flops
-from hstu_rec.item_table import NUM_BAGS, Cluster, ItemTable, sharding_plan
+from hstu_rec.item_table import NUM_BAGS, Cluster, ItemTable, PlacementError, sharding_plan
 from hstu_rec.learner import resolved
 from hstu_rec.memory import (
     FLOAT,
@@ -142,7 +142,7 @@ class Plan:
 
 
 def make_plan(config: PlannedRun, cluster: Cluster) -> Plan:
-    """The plan of a run on a cluster. Raises ValueError where the table has no place, as `sharding_plan`."""
+    """The plan of a run on a cluster. Raises as `sharding_plan`."""
     num_items = int(config.plan.num_items)
     if num_items:
         lengths = made_lengths(config, config.plan.num_steps)
@@ -281,11 +281,11 @@ def traffic_bytes(config: RunConfig, sizes: StepSizes, num_ranks: int) -> dict[s
 
 
 def report(config: PlannedRun) -> tuple[str, bool]:
-    """The plan in words, and whether it fits."""
+    """The plan in words, and whether it fits. Raises ValueError for what no cluster could do."""
     cluster = config.cluster()
     try:
         plan = make_plan(config, cluster)
-    except ValueError as error:
+    except PlacementError as error:
         return f"does not fit: {error}", False
     batches, traffic = plan.batches, dict(plan.traffic)
     budget = cluster.device_bytes or cluster.host_bytes

@@ -196,8 +196,6 @@ def test_a_world_that_cannot_be_is_refused(setting, sentence):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (["plan.num_items=7"], "7 items cannot be spread over 8 ranks"),
-        (["table.kernel=uvm", "plan.device=cpu"], "table.kernel 'uvm' is for CUDA"),
         (["plan.num_items=1e9", "world=1x4"], "TorchRec's planner finds no place for 1000000000"),
         (["plan.num_items=1e9", "world=2x8", "table.sharding=table_wise"], "finds no place"),
     ],
@@ -205,6 +203,18 @@ def test_a_world_that_cannot_be_is_refused(setting, sentence):
 def test_what_has_no_place_does_not_fit(settings, sentence):
     text, fits = report(planned(*settings))
     assert not fits and text.startswith("does not fit") and sentence in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["plan.num_items=7"], "7 items cannot be spread over 8 ranks"),
+        (["table.kernel=uvm", "plan.device=cpu"], "table.kernel 'uvm' is for CUDA"),
+    ],
+)
+def test_what_no_memory_would_help_is_an_error(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        report(planned(*settings))
 
 
 def test_batches_too_large_do_not_fit_where_the_table_does():
