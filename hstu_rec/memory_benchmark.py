@@ -58,6 +58,8 @@ def measure_memory(config: PlannedRun, device: torch.device) -> Iterator[str]:
     On CUDA the peak of the allocator, on CPU that of the resident set, over what there was before the model.
     A small model has trained before, so that libraries are loaded.
     """
+    if not config.plan.num_items:
+        raise ValueError("memory is measured on made events; give plan.num_items, at least 1")
     cluster = Cluster.present(device)
     hosts = cluster.num_ranks // cluster.ranks_per_host
     plan_config = replace(config.plan, device=cluster.device_type, popularity_power=0.0)
