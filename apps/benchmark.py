@@ -7,12 +7,12 @@
     python apps/benchmark.py tune [key=value ...]                       compile options of its kernel, on CUDA
     python apps/benchmark.py encoder [key=value ...]                    its layers' training step alone
     python apps/benchmark.py loss [key=value ...]                       the loss alone, by size
+    python apps/benchmark.py memory [CONFIG.yaml ...] [key=value ...]   what a rank holds beside its estimate
     python apps/benchmark.py quality RECIPE.yaml ... [quality.key=value ...] [key=value ...]
 
-torchrun and torchx launch step, epoch and curve on several ranks, as they do apps/train.py. quality trains
-every recipe with several seeds, in processes that it launches itself, and writes quality.md, quality.json and
-quality.png: mean and deviation beside published figures and baselines. Runs that are done are not run again.
-quality.* are its own settings, every other key=value is given to all runs. `MEASURE help` lists keys.
+torchrun and torchx launch step, epoch, curve and memory. `MEASURE help` lists keys. quality trains recipes
+with several seeds, in processes that it launches, but for runs that are done; it writes quality.md, .json and
+.png beside published figures and baselines. quality.* are its own settings, others are given to all runs.
 """
 
 import sys
@@ -24,6 +24,8 @@ from hstu_rec.benchmark import compare_steps, figures_by_epoch, print_lines, tim
 from hstu_rec.config import RunConfig, help_text, run_app
 from hstu_rec.encoder_benchmark import EncoderTimes, encoder_times
 from hstu_rec.loss_benchmark import LossTimes, loss_times
+from hstu_rec.memory_benchmark import measure_memory
+from hstu_rec.planning import PlannedRun
 from hstu_rec.quality import QualitySettings, quality
 
 MEASURES: dict[str, tuple[Any, Any]] = {
@@ -34,25 +36,24 @@ MEASURES: dict[str, tuple[Any, Any]] = {
     "tune": (OptionTimes, option_times),
     "encoder": (EncoderTimes, encoder_times),
     "loss": (LossTimes, loss_times),
+    "memory": (PlannedRun, measure_memory),
 }
 HELP = {"help", "--help", "-h"}
+SCHEMAS = {name: schema for name, (schema, _) in MEASURES.items()} | {"quality": QualitySettings}
 
 
 def main(arguments: list[str]) -> None:
     measure, options = "".join(arguments[:1]), arguments[1:]
-    schemas = {name: schema for name, (schema, _) in MEASURES.items()}
-    schemas["quality"] = QualitySettings
     if measure in HELP:
         print(__doc__)
-    elif HELP & set(arguments) and measure in schemas:
-        print(f"Keys of {measure}:\n{help_text(schemas[measure])}")
+    elif HELP & set(arguments) and measure in SCHEMAS:
+        print(f"Keys of {measure}:\n{help_text(SCHEMAS[measure])}")
     elif measure == "quality":
         sys.exit(0 if quality(options) else 1)
     elif measure in MEASURES:
         print_lines(*MEASURES[measure], options)
     else:
-        what = f"{', '.join(MEASURES)} or quality; got {measure or 'nothing'}"
-        raise ValueError(f"give what to measure, {what}: apps/benchmark.py step [key=value ...]")
+        raise ValueError(f"give what to measure, {', '.join(SCHEMAS)}; got {measure or 'nothing'}")
 
 
 if __name__ == "__main__":

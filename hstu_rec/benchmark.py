@@ -31,7 +31,7 @@ def print_lines(schema: type, measure: Measure, options: list[str]) -> None:
     """Prints what `measure` says of the settings that `options` give, headed by date, device and versions.
     Collective."""
     config: Any = load(schema, options)
-    choice = config.train.device if schema is RunConfig else "auto"
+    choice = config.train.device if issubclass(schema, RunConfig) else "auto"
     with distributed.process_group(choice) as device:
         if distributed.is_main():
             name = distributed.device_name(device)

@@ -239,6 +239,11 @@ def num_cores() -> int:
     return max(len(os.sched_getaffinity(0)) // max(local_world_size(), 1), 1)
 
 
+def host_memory() -> int:
+    """Bytes of this host's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def is_launched() -> bool:
     """True in a process that torchrun or torchx started."""
     return "RANK" in os.environ

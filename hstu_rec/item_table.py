@@ -28,6 +28,9 @@ INIT_BLOCK_ROWS = 4096
 # Bags that the ids of a lookup are put in: rows come back one an id whatever the bags, but on a GPU fbgemm
 # reads the ids of a bag one after another, in one warp.
 NUM_BAGS = {"cpu": 1, "cuda": 4096}
+DEFAULT_LOAD_FACTOR = 0.2  # fbgemm's own
+# Of a rank's memory, what the planner leaves to all that is not the table.
+RESERVED_FRACTION = 0.15
 
 NewRows = Literal["random", "mean", "popularity"]
 
@@ -37,7 +40,13 @@ class TableConfig:
     """The item table and its optimizer."""
 
     sharding: Literal["row_wise", "table_wise"] = "row_wise"
-    """How rows are placed: spread over all ranks, or all on one."""
+    """How rows are placed: spread over all ranks, or all on one. (TorchRec has no placement on the ranks of
+    one host, table_row_wise, for tables whose rows are not pooled.)"""
+    kernel: Literal["fused", "uvm", "uvm_caching"] = "fused"
+    """Where rows and their optimizer's state are: in the device's memory; or in the host's, read by a GPU
+    through unified memory; or there with a cache of rows in the GPU's."""
+    cache_load_factor: float = DEFAULT_LOAD_FACTOR
+    """Share of a rank's rows that the cache of uvm_caching has room for."""
     optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
     """Optimizer fused into the backward pass; adam needs CUDA."""
     lr: float = 0.1
@@ -58,18 +67,59 @@ class TableConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
-        return [
+        found = [
             f"{name} must be above 0; got {getattr(self, name)}"
             for name in ("lr", "eps", "init_std", "init_norm")
             if not getattr(self, name) > 0
         ]
+        if not 0 < self.cache_load_factor <= 1:
+            found.append(f"cache_load_factor must be in (0, 1]; got {self.cache_load_factor}")
+        if self.kernel != "uvm_caching" and self.cache_load_factor != DEFAULT_LOAD_FACTOR:
+            found.append(
+                f"cache_load_factor has no effect with kernel '{self.kernel}'; set kernel 'uvm_caching'"
+            )
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The processes that a table is spread over, and the memory that each has."""
+
+    num_ranks: int
+    """All processes."""
+    ranks_per_host: int
+    """Those of one host."""
+    device_type: Literal["cpu", "cuda"]
+    """What a rank computes on."""
+    device_bytes: int
+    """Memory of a rank's GPU; 0 on CPU."""
+    host_bytes: int
+    """A rank's share of its host's memory."""
+
+    @classmethod
+    def present(cls, device: torch.device) -> "Cluster":
+        """That of the process group, with the least memory of any rank. Collective."""
+        ranks = distributed.world_size()
+        local = min(distributed.local_world_size(), ranks)
+        is_cuda = device.type == "cuda"
+        device_bytes = torch.cuda.get_device_properties(device).total_memory if is_cuda else 0
+        least = -torch.tensor([device_bytes, distributed.host_memory() // local])
+        # The same on all ranks, so that all make the same plan, or none.
+        device_bytes, host_bytes = (-distributed.all_reduce_max(least)).tolist()
+        return cls(
+            num_ranks=ranks,
+            ranks_per_host=local,
+            device_type="cuda" if is_cuda else "cpu",
+            device_bytes=device_bytes,
+            host_bytes=host_bytes,
+        )
 
 
 class ItemTable(nn.Module):
     """Rows of item ids 0 .. num_items - 1, looked up once a step for all uses together.
 
     Made on the meta device; `shard_model` places it. Raises ValueError for an optimizer that the device
-    does not support, and for fewer items than row-wise sharding needs.
+    does not support.
     """
 
     def __init__(self, config: TableConfig, num_items: int, dim: int, device: torch.device) -> None:
@@ -78,12 +128,6 @@ class ItemTable(nn.Module):
         from torchrec import EmbeddingCollection, EmbeddingConfig
         from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-        ranks = distributed.world_size()
-        if config.sharding == "row_wise" and (ranks - 1) * -(-num_items // ranks) >= num_items:
-            raise ValueError(
-                f"{num_items} items cannot be spread over {ranks} ranks so that each owns a row, which "
-                "fbgemm needs; give table.sharding=table_wise, or start fewer processes"
-            )
         self.num_items, self.dim = num_items, dim
         self.collection = EmbeddingCollection(
             tables=[
@@ -188,39 +232,97 @@ def _fused_optimizer(config: TableConfig, device: torch.device) -> tuple[Any, di
     return classes[config.optimizer], {"lr": config.lr, "eps": config.eps}
 
 
+class PlacementError(ValueError):
+    """The ranks have too little memory for a table."""
+
+
+def sharding_plan(model: nn.Module, config: TableConfig, cluster: Cluster) -> Any:
+    """TorchRec's ShardingPlan of `model` (with one ItemTable in it, on the meta device) for a cluster.
+
+    Raises PlacementError for too little memory, ValueError for fewer items than row-wise sharding needs and
+    unified memory without a GPU.
+    """
+    from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+    from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+    from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+    from torchrec.distributed.types import CacheParams
+
+    (table,) = (one for one in model.modules() if isinstance(one, ItemTable))
+    _check_placement(config, table.num_items, cluster)
+    # The planner advises those who build topologies of clusters; ours is read off the process group.
+    logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
+    is_caching = config.kernel == "uvm_caching"
+    planner = EmbeddingShardingPlanner(
+        storage_reservation=FixedPercentageStorageReservation(percentage=RESERVED_FRACTION),
+        topology=Topology(
+            world_size=cluster.num_ranks,
+            local_world_size=cluster.ranks_per_host,
+            compute_device=cluster.device_type,
+            hbm_cap=cluster.device_bytes,
+            ddr_cap=cluster.host_bytes,
+        ),
+        constraints={
+            TABLE: ParameterConstraints(
+                sharding_types=[config.sharding],
+                compute_kernels=["fused" if config.kernel == "fused" else f"fused_{config.kernel}"],
+                cache_params=CacheParams(load_factor=config.cache_load_factor)
+                if is_caching
+                else None,
+            )
+        },
+    )
+    try:
+        return planner.plan(model, _sharders())
+    except PlannerError as error:
+        reason = next(line for line in str(error).splitlines() if line.strip())
+        raise PlacementError(
+            f"TorchRec's planner finds no place for {table.num_items} rows of {table.dim} "
+            f"({config.sharding}, {config.kernel}) on {cluster.num_ranks} ranks of "
+            f"{cluster.device_bytes / 2**30:.1f} GiB on the device and {cluster.host_bytes / 2**30:.1f} "
+            f"GiB on the host, of which it leaves {RESERVED_FRACTION:.0%} to the rest: {reason.strip(' .')}; "
+            "give more ranks, table.sharding=row_wise, or on CUDA table.kernel=uvm_caching"
+        ) from error
+
+
+def _check_placement(config: TableConfig, num_items: int, cluster: Cluster) -> None:
+    """Raises ValueError for what no plan can do."""
+    ranks = cluster.num_ranks
+    if config.sharding == "row_wise" and (ranks - 1) * -(-num_items // ranks) >= num_items:
+        raise ValueError(
+            f"{num_items} items cannot be spread over {ranks} ranks so that each owns a row, which "
+            "fbgemm needs; give table.sharding=table_wise, or start fewer processes"
+        )
+    if config.kernel != "fused" and cluster.device_type == "cpu":
+        raise ValueError(
+            f"table.kernel '{config.kernel}' is for CUDA, whose rows it keeps in the host's memory; on CPU "
+            "they are there already: give fused"
+        )
+
+
+def _sharders() -> list[Any]:
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+
+    return [EmbeddingCollectionSharder()]
+
+
 def shard_model(
     model: nn.Module, config: TableConfig, device: torch.device, seed: int
 ) -> "DistributedModelParallel":
-    """`model` (with one ItemTable in it) under DistributedModelParallel: sharded rows, replicated rest."""
+    """`model` (with one ItemTable in it) under DistributedModelParallel: sharded rows, replicated rest.
+
+    Collective; raises as `sharding_plan`.
+    """
     import torch.distributed as dist
     from torchrec.distributed import DistributedModelParallel
-    from torchrec.distributed.embedding import EmbeddingCollectionSharder
-    from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-    from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-    from torchrec.distributed.planner.types import ParameterConstraints
-    from torchrec.distributed.types import ModuleSharder, ShardingEnv
+    from torchrec.distributed.types import ShardingEnv
 
     group = dist.group.WORLD
     assert group is not None, "distributed.start() comes first"
     env = ShardingEnv.from_process_group(group)
     env.output_dtensor = True  # what torch.distributed.checkpoint saves asynchronously and reshards
-    sharders: list[ModuleSharder[Any]] = [EmbeddingCollectionSharder()]  # pyright: ignore
-    # The planner advises those who build topologies of clusters; ours is read off the process group.
-    logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
     # torch's note to whoever traces models, once a process, at TorchRec's first lookup.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-    planner = EmbeddingShardingPlanner(
-        storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
-        topology=Topology(
-            world_size=distributed.world_size(),
-            local_world_size=min(distributed.local_world_size(), distributed.world_size()),
-            compute_device=device.type,
-        ),
-        constraints={
-            TABLE: ParameterConstraints(sharding_types=[config.sharding], compute_kernels=["fused"])
-        },
-    )
-    plan = planner.collective_plan(model, sharders, group)
+    plan = sharding_plan(model, config, Cluster.present(device))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch's DDP, to TorchRec
         sharded = DistributedModelParallel(
@@ -228,7 +330,7 @@ def shard_model(
             env=env,
             device=device,
             plan=plan,
-            sharders=sharders,
+            sharders=_sharders(),
             # DDP for one process would be a tenth of a small model's step.
             init_data_parallel=distributed.world_size() > 1,
         )
@@ -237,10 +339,23 @@ def shard_model(
     return sharded
 
 
+def live_state(sharded: nn.Module) -> dict[str, Any]:
+    """`sharded.state_dict()`, whose rows may be read and written: what a cache holds of them is put back,
+    and read again when it is used."""
+    from torchrec.distributed.embedding import ShardedEmbeddingCollection
+
+    state = sharded.state_dict()  # which flushes the cache
+    for module in sharded.modules():
+        if isinstance(module, ShardedEmbeddingCollection):
+            for lookup in module._lookups:
+                lookup.purge()  # pyright: ignore
+    return state
+
+
 def local_shards(sharded: nn.Module) -> list[tuple[Tensor, int]]:
     """This rank's live rows [n, D] with the item id of the first; empty on a rank that owns none."""
-    name = next(n for n in sharded.state_dict() if has_rows(n))
-    return shards_of(sharded.state_dict()[name])
+    state = live_state(sharded)
+    return shards_of(next(value for name, value in state.items() if has_rows(name)))
 
 
 def has_rows(name: str) -> bool:

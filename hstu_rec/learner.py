@@ -20,7 +20,7 @@ from hstu_rec.encoder import HSTUEncoder
 from hstu_rec.encoder_config import EncoderConfig, chosen_kernel
 from hstu_rec.flops import history_flops
 from hstu_rec.graphs import DenseGraphs
-from hstu_rec.item_table import ItemTable, fill_rows, shard_model
+from hstu_rec.item_table import ItemTable, fill_rows, live_state, shard_model
 from hstu_rec.loss import SampledSoftmax
 from hstu_rec.model import NextItemModel
 from hstu_rec.negatives import NegativeSampler
@@ -189,7 +189,7 @@ class Learner:
             for name, value in state.items()
         }
         fused = self.model.fused_optimizer.state_dict()["state"]
-        return {"model": self.model.state_dict(), "dense": moments, "fused": fused}
+        return {"model": live_state(self.model), "dense": moments, "fused": fused}
 
 
 def check_graphs(config: RunConfig, device: torch.device) -> None:

@@ -133,7 +133,8 @@ class NegativeSampler:
             drawn = torch.from_numpy(self._drawn(step))
         ids, times = torch.unique(drawn, return_counts=True)
         part, largest = slice(None), 0
-        if self._is_divided(len(ids), batch.num_targets_global):
+        ranks = distributed.world_size()
+        if is_divided(self.config, ranks, len(ids), batch.num_targets_global):
             edges = np.searchsorted(ids.numpy(), self._bounds())
             part = slice(*edges[distributed.rank() :][:2])
             largest = max(int(np.diff(edges).max()), 1)
@@ -173,12 +174,14 @@ class NegativeSampler:
         ranks = distributed.world_size()
         return -(-self.num_items // ranks) * np.arange(ranks + 1)
 
-    def _is_divided(self, num_ids: int, num_positions: int) -> bool:
-        """Whether each rank scores the queries of all against its own part of the drawn items."""
-        if distributed.world_size() == 1 or self.config.exchange == "negatives":
-            return False
-        # Queries travel once and their gradients, summed over the ranks, twice; rows there and back.
-        return self.config.exchange == "queries" or 3 * num_positions < 2 * num_ids
+
+def is_divided(config: LossConfig, num_ranks: int, num_ids: int, num_positions: int) -> bool:
+    """Whether each rank scores the queries of all against its own part of the candidates."""
+    if num_ranks == 1 or config.negatives == "all":
+        return num_ranks > 1
+    # Queries travel once and their gradients, summed over the ranks, twice; rows there and back.
+    is_less = 3 * num_positions < 2 * num_ids
+    return config.exchange == "queries" or (config.exchange == "auto" and is_less)
 
 
 def with_seen(negatives: Negatives, mine: SequenceBatch, scored: SequenceBatch) -> Negatives:

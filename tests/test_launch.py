@@ -134,6 +134,7 @@ POSITIONALS = {
     "evaluate": ["{run}"],
     "benchmark": ["step"],
     "make_events": ["counting", "{run}/out.parquet"],
+    "plan": [],
 }
 
 

@@ -255,7 +255,9 @@ def test_the_blocked_imports_are_really_blocked() -> None:
     assert "pyarrow is blocked" in run_python(BLOCK + "import hstu_rec.data.dataset").stderr
 
 
-@pytest.mark.parametrize("app", ["train", "evaluate", "prepare", "benchmark", "make_events"])
+@pytest.mark.parametrize(
+    "app", ["train", "evaluate", "prepare", "benchmark", "make_events", "plan"]
+)
 def test_every_app_starts_without_triton(app: str) -> None:
     code = BLOCK.replace('"torchrec",', '"triton",').replace('"fbgemm_gpu", ', "")
     code = code.replace('"torchx", "duckdb", "pyarrow"', "")

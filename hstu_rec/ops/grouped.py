@@ -214,22 +214,23 @@ class _GroupedAttention(torch.autograd.Function):
         rows = q, k, v = tuple(layout.dense(x) for x in (q, k, v))
         if kind == "softmax":
             q.mul_(scale)
-        ctx.save_for_backward(*rows, position_bias, time_bias)
-        ctx.layout, ctx.kind, ctx.scale, ctx.kept = layout, kind, scale, []
-        out, room = torch.empty_like(v), MAX_KEPT_ENTRIES
+        ctx.layout, ctx.kind, ctx.scale = layout, kind, scale
+        out, room, kept = torch.empty_like(v), MAX_KEPT_ENTRIES, []
         for group in layout.groups:
             scores = _scores(group.block(q), group.block(k), group, position_bias, time_bias)
             weights = _weights(scores, group.hidden, kind)
             is_kept = scores.numel() <= room
             room -= scores.numel() if is_kept else 0
-            ctx.kept.append((scores, weights) if is_kept else None)
+            kept += (scores, weights) if is_kept else (None, None)
             torch.bmm(weights.flatten(0, 1), group.block(v), out=group.block(out))
+        # All of it this way, which lets torch's checkpoint leave it out and make it again.
+        ctx.save_for_backward(*rows, position_bias, time_bias, *kept)
         out = layout.jagged(out)
         return out.mul_(scale) if kind == "silu" else out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        q, k, v, position_bias, time_bias = ctx.saved_tensors
+        q, k, v, position_bias, time_bias, *kept = ctx.saved_tensors
         layout, kind, scale = ctx.layout, ctx.kind, ctx.scale
         grad_out = layout.dense(grads[0])
         if kind == "silu":
@@ -237,14 +238,12 @@ class _GroupedAttention(torch.autograd.Function):
         grad_rows = tuple(torch.empty_like(x) for x in (q, k, v))
         grad_position = None if position_bias is None else torch.zeros_like(position_bias)
         grad_time = None if time_bias is None else torch.zeros_like(time_bias)
-        for group, kept in zip(layout.groups, ctx.kept, strict=True):
+        for group, scores, weights in zip(layout.groups, kept[::2], kept[1::2], strict=True):
             block_q, block_k, block_v, block_out = (group.block(x) for x in (q, k, v, grad_out))
             grad_q, grad_k, grad_v = (group.block(x) for x in grad_rows)
-            if kept is None:
+            if scores is None:
                 scores = _scores(block_q, block_k, group, position_bias, time_bias)
                 weights = _weights(scores, group.hidden, kind)
-            else:
-                scores, weights = kept
             # Padded queries have weight 0, so their repeated rows of grad_out add nothing.
             torch.bmm(weights.flatten(0, 1).transpose(1, 2), block_out, out=grad_v)
             grad_scores = torch.bmm(block_out, block_v.transpose(1, 2)).view_as(scores)
@@ -257,7 +256,6 @@ class _GroupedAttention(torch.autograd.Function):
             torch.bmm(flat, block_k, out=grad_q)
             torch.bmm(flat.transpose(1, 2), block_q, out=grad_k)
             _add_bias_grads(grad_scores, group, grad_position, grad_time)
-        ctx.kept.clear()
         if kind == "softmax":
             grad_rows[0].mul_(scale)
         return *map(layout.jagged, grad_rows), grad_position, grad_time, None, None, None
