@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> None:
         given = " ".join(arguments) or "nothing"
         raise ValueError(f"give INPUT and OUT, then key=value options; got {given}")
     source, output, *options = arguments
-    stats = prepare(load(PrepareConfig, options), source, output)
+    stats = prepare(load(PrepareConfig, options), source, output, has_progress=True)
     print(report(stats))
     print(f"wrote    {output}", flush=True)
 

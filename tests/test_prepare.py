@@ -184,7 +184,9 @@ def test_split_without_test_targets_is_refused(tmp_path: Path) -> None:
     source = parquet(tmp_path, table(rows))
     assert "every user has fewer than 3 events" in refusal(source, tmp_path, min_user_events=1)
     times = {"valid_time": "2031-01-01", "test_time": "2032-01-01"}
-    assert "no event is at" in refusal(source, tmp_path, min_user_events=1, split="time", **times)
+    assert "no user has an event before and one at" in refusal(
+        source, tmp_path, min_user_events=1, split="time", **times
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,7 +206,10 @@ def test_split_without_test_targets_is_refused(tmp_path: Path) -> None:
             "neither unix seconds nor an ISO date",
         ),
         ({"tie_column": "timestamp"}, "must differ; got user_id, item_id, timestamp, timestamp"),
-        ({"memory_limit": "lots"}, "memory_limit must be a size such as 4GB; got lots"),
+        (
+            {"memory_limit": "lots"},
+            "memory_limit must be a size such as 4GB, or a share such as 50%; got lots",
+        ),
     ],
 )
 def test_options_that_cannot_work_are_refused(
@@ -242,7 +247,7 @@ def test_a_failure_while_writing_leaves_no_folder(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    for function in ("write", "sync", "hash_items"):
+    for function in ("write_events", "sync", "measure"):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
             patch.setattr(prepare_module, function, full)
             prepare(PrepareConfig(), source, tmp_path / "out")
@@ -271,14 +276,14 @@ def test_a_folder_that_appears_meanwhile_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, output = parquet(tmp_path, table()), tmp_path / "out"
-    hash_items = prepare_module.hash_items
+    measure = prepare_module.measure
 
-    def interfere(path: Path) -> str:
+    def interfere(*given: Any) -> dict[str, Any]:
         output.mkdir()
         (output / "other").touch()
-        return hash_items(path)
+        return measure(*given)
 
-    monkeypatch.setattr(prepare_module, "hash_items", interfere)
+    monkeypatch.setattr(prepare_module, "measure", interfere)
     with pytest.raises(ValueError, match="appeared while this ran"):
         prepare(PrepareConfig(), source, output)
     assert [path.name for path in output.iterdir()] == ["other"]
@@ -392,7 +397,9 @@ def run_app(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def test_the_app_prepares_and_prints_the_statistics(tmp_path: Path) -> None:
     source = text(tmp_path, as_csv(), "events.csv.gz")
     done = run_app(source, tmp_path / "out", "tie_column=row", "min_user_events=4")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    told = [line.rsplit(maxsplit=2)[0] for line in done.stderr.splitlines()]
+    assert told == ["read", "clean", "number ids", "filter", "split", "order, write", "measure"]
     assert "users    1\n" in done.stdout
     assert "dropped  user with fewer than 4 events 6\n" in done.stdout
     assert sequences(tmp_path / "out") == {"u1": SEQUENCES["u1"]}

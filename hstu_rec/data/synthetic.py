@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hstu_rec.data.dataset import FILES
 from hstu_rec.data.prepare import PrepareConfig, prepare
 from hstu_rec.data.stream import DataConfig
 
@@ -139,7 +138,7 @@ def prepare_if_demo(path: str) -> None:
 
 
 def _is_dataset(path: Path) -> bool:
-    return all((path / name).is_file() for name in FILES)
+    return (path / "stats.json").is_file()
 
 
 def _timestamps(random: np.random.Generator, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
