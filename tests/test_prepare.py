@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from event_files import (
     as_csv,
     as_json,
     parquet,
+    prepare_app,
     prepared,
     refusal,
     sequences,
@@ -382,21 +381,9 @@ def test_real_data_has_the_published_counts_and_order(
     assert sequences(tmp_path / "out") == wanted
 
 
-def run_app(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "apps/prepare.py", *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def test_the_app_prepares_and_prints_the_statistics(tmp_path: Path) -> None:
     source = text(tmp_path, as_csv(), "events.csv.gz")
-    done = run_app(source, tmp_path / "out", "tie_column=row", "min_user_events=4")
+    done = prepare_app(source, tmp_path / "out", "tie_column=row", "min_user_events=4")
     assert done.returncode == 0
     told = [line.rsplit(maxsplit=2)[0] for line in done.stderr.splitlines()]
     assert told == ["read", "clean", "number ids", "filter", "split", "order, write", "measure"]
@@ -414,7 +401,7 @@ def test_the_app_tells_errors_in_one_line_and_exits_with_2(tmp_path: Path) -> No
         ((source, tmp_path / "out", "item_column=item"), "nearest: 'item_id'"),
         ((source, tmp_path / "out", "k_core=5"), "kcore"),
     ):
-        done = run_app(*arguments)
+        done = prepare_app(*arguments)
         assert done.returncode == 2
         assert done.stderr.startswith("error: ") and sentence in done.stderr
         assert "Traceback" not in done.stderr

@@ -35,7 +35,12 @@ def read_stats(path: Path) -> dict[str, Any]:
     Raises FileNotFoundError when files are missing, ValueError when another version wrote them.
     """
     missing = [name for name in FILES if not (path / name).exists()]
-    stats = {} if "stats.json" in missing else json.loads((path / "stats.json").read_text())
+    try:
+        stats = {} if "stats.json" in missing else json.loads((path / "stats.json").read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path}/stats.json is damaged ({error}); prepare the dataset again"
+        ) from error
     if stats and stats.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path}/stats.json has format_version {stats.get('format_version')}, "

@@ -132,59 +132,68 @@ def prepare(
         raise ValueError("; ".join(problems))
     output = Path(output)
     _refuse_existing(output, config.overwrite)
-    preset = PRESETS[config.preset]
-    files = find_files(source, preset)
+    files = find_files(source, PRESETS[config.preset])
     with (
         _appearing(output, config.overwrite) as folder,
         database(folder, config.memory_limit) as connection,
         Stages(7, is_shown=has_progress) as stages,
     ):
-        lenient = config.bad_rows == "drop"
-        with stages.stage("read"):
-            staged = stage(
-                connection,
-                files,
-                config.columns(),
-                preset,
-                has_bad_lines_dropped=lenient,
-                folder=folder,
-            )
-        with stages.stage("clean"):
-            cleaned = clean(
-                connection,
-                staged,
-                min_rating=config.min_rating,
-                time_unit=config.time_unit,
-                bad_rows=config.bad_rows,
-            )
-        with stages.stage("number ids"):
-            number(connection, cleaned)
-        with stages.stage("filter"):
-            dropped = cleaned.dropped | _filter(connection, config, cleaned)
-        with stages.stage("split"):
-            cut = _cut(connection, config, cleaned)
-            ordered = order(connection, cleaned, cut)
-        with stages.stage("order, write"):
-            write_users(connection, folder)
-            tally = write_events(connection, ordered, folder)
-        with stages.stage("measure"):
-            write_items(connection, tally, folder)
-            measured = measure(connection, tally)
-        split = dict(zip(("valid_time", "test_time"), cut, strict=True)) if cut else {}
-        stats = {
-            "format_version": dataset.FORMAT_VERSION,
-            **measured,
-            "rows_read": cleaned.rows_read,
-            "dropped": dropped,
-            "time_unit": cleaned.time_unit,
-            "split": {"kind": config.split} | split,
-            "files": [path.name for path in files],
-            "config": asdict(config),
-            "prepare_s": round(time.perf_counter() - began, 3),
-        }
-        assert cleaned.rows_read == stats["events"] + sum(dropped.values())
+        stats = _make(config, files, connection, folder, stages)
+        stats["prepare_s"] = round(time.perf_counter() - began, 3)
         write_stats(stats, folder)
     return stats
+
+
+def _make(
+    config: PrepareConfig,
+    files: list[Path],
+    connection: duckdb.DuckDBPyConnection,
+    folder: Path,
+    stages: Stages,
+) -> dict[str, Any]:
+    """Writes the dataset's tables into `folder`; returns their statistics."""
+    with stages.stage("read"):
+        staged = stage(
+            connection,
+            files,
+            config.columns(),
+            PRESETS[config.preset],
+            has_bad_lines_dropped=config.bad_rows == "drop",
+            folder=folder,
+        )
+    with stages.stage("clean"):
+        cleaned = clean(
+            connection,
+            staged,
+            min_rating=config.min_rating,
+            time_unit=config.time_unit,
+            bad_rows=config.bad_rows,
+        )
+    with stages.stage("number ids"):
+        number(connection, cleaned)
+    with stages.stage("filter"):
+        dropped = cleaned.dropped | _filter(connection, config, cleaned)
+    with stages.stage("split"):
+        cut = _cut(connection, config, cleaned)
+        ordered = order(connection, cleaned, cut)
+    with stages.stage("order, write"):
+        write_users(connection, folder)
+        tally = write_events(connection, ordered, folder)
+    with stages.stage("measure"):
+        write_items(connection, tally, folder)
+        measured = measure(connection, tally)
+    assert cleaned.rows_read == tally.num_events + sum(dropped.values())
+    split = dict(zip(("valid_time", "test_time"), cut, strict=True)) if cut else {}
+    return {
+        "format_version": dataset.FORMAT_VERSION,
+        **measured,
+        "rows_read": cleaned.rows_read,
+        "dropped": dropped,
+        "time_unit": cleaned.time_unit,
+        "split": {"kind": config.split} | split,
+        "files": [path.name for path in files],
+        "config": asdict(config),
+    }
 
 
 def report(stats: dict[str, Any]) -> str:
