@@ -17,6 +17,7 @@ from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.mapped import arrow_writer, open_arrow
 from hstu_rec.data.prepare import PrepareConfig, prepare, report
 
+TIME = {"timestamp": pa.int64()}
 ENDS = {"train_end": [1, 1, 2], "valid_end": [2, 2, 2]}
 
 
@@ -285,6 +286,29 @@ def test_every_invariant_of_the_mapped_files(
     with arrow_writer(path, table.schema) as writer:
         writer.write_table(changed)
     assert sentence in refused(of_prepare)
+
+
+def test_mapped_files_of_another_shape_are_refused(of_prepare: Path) -> None:
+    events = (of_prepare / "events.arrow").read_bytes()
+    table = open_arrow(of_prepare / "events.arrow")
+    wrong = {
+        "record batch 0 has 100 rows, not": (table, 100),
+        "column 'item' is int64, not int32": (
+            table.cast(pa.schema({"item": pa.int64(), **TIME})),
+            None,
+        ),
+        "column 'timestamp' is missing": (table.select(["item"]), None),
+    }
+    for told, (content, chunk) in wrong.items():
+        (of_prepare / "events.arrow").unlink()
+        with arrow_writer(of_prepare / "events.arrow", content.schema) as writer:
+            writer.write_table(content, max_chunksize=chunk)
+        assert told in refused(of_prepare)
+    (of_prepare / "events.arrow").unlink()
+    (of_prepare / "events.arrow").write_bytes(events[:-40])
+    with pytest.raises(ValueError, match=r"events.arrow is damaged .*; prepare the dataset again"):
+        check(of_prepare)
+    assert sorted(file.name for file in of_prepare.iterdir()) == sorted(dataset.FILES)
 
 
 def test_items_and_statistics_of_prepare_are_checked(of_prepare: Path) -> None:

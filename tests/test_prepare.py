@@ -345,17 +345,37 @@ def test_item_map_hash_depends_on_the_ids_alone(tmp_path: Path) -> None:
 
 def test_a_small_memory_limit_spills_and_gives_the_same(tmp_path: Path) -> None:
     random = np.random.default_rng(1)
-    count = 300_000
+    count = 1_000_000
+    names = pa.array([f"name-{number:09d}" for number in range(100_000)])
     columns = {
-        "user_id": random.integers(0, 20_000, count),
-        "item_id": random.integers(0, 5_000, count),
+        "user_id": names.take(pa.array(random.integers(0, 50_000, count))),
+        "item_id": names.take(pa.array(random.integers(0, 100_000, count))),
         "timestamp": START + random.integers(0, 10**8, count),
     }
     source = parquet(tmp_path, pa.table(columns))
     large, small = tmp_path / "large", tmp_path / "small"
     prepare(PrepareConfig(), source, large)
     prepare(PrepareConfig(memory_limit="60MB"), source, small)
-    assert (large / "events.arrow").read_bytes() == (small / "events.arrow").read_bytes()
+    for name in dataset.MAPPED:
+        assert (large / name).read_bytes() == (small / name).read_bytes()
+    assert "memory_limit=5MB is too small for this input; raise it" in refusal(
+        source, tmp_path, memory_limit="5MB"
+    )
+
+
+def test_counts_and_users_are_views_of_the_mapped_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    prepare(PrepareConfig(), parquet(tmp_path, table()), output)
+    monkeypatch.setattr(pq, "read_table", None)  # items.parquet is not read for them
+    data = Dataset(output)
+    assert data.train_counts.tolist() == [1, 3, 0, 0]
+    assert data.items_by_count.tolist() == [2, 3, 0, 1]
+    mapped = [data.train_counts, data.items_by_count]
+    mapped += [data.starts, data.lengths, data.train_ends, data.valid_ends]
+    for values in mapped:
+        assert values.dtype == np.int64 and not values.flags.owndata and not values.flags.writeable
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not there")
