@@ -13,7 +13,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -109,6 +110,46 @@ class Tracker:
         # After a resume TensorBoard hides the steps of the stopped run that are done again.
         purge_step = step if step <= self._last_known_step else None
         return SummaryWriter(str(self._folder / "tensorboard"), purge_step=purge_step)
+
+
+class Stages:
+    """The stages of a long job on stderr: a bar on a terminal, elsewhere a line a stage.
+
+    with Stages(2, is_shown=True) as stages:
+        with stages.stage("read"):
+            ...
+    """
+
+    def __init__(self, num_stages: int, *, is_shown: bool) -> None:
+        self._has_lines = is_shown and not sys.stderr.isatty()
+        self._bar = _Bar(
+            total=num_stages,
+            unit="stage",
+            disable=not is_shown or self._has_lines,
+            dynamic_ncols=True,
+            file=sys.stderr,
+        )
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """One of the stages; it counts when the block ends without an error."""
+        began_at = time.monotonic()
+        self._bar.set_description(name)
+        yield
+        self._bar.update()
+        if self._has_lines:
+            print(f"{name:<14}{time.monotonic() - began_at:8.1f} s", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Stages":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

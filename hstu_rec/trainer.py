@@ -73,10 +73,10 @@ def train(config: RunConfig) -> dict[str, Any]:
                 tracker.say(sentence)
             if former is None:
                 progress = _resume(found, learner, dataset, folder, tracker)
+                if isinstance(dataset, Dataset):
+                    hosts.on_main(lambda: keep_item_map(dataset.path, folder))
             else:
                 progress = _warm_start(former, learner, dataset, folder, tracker)
-            if isinstance(dataset, Dataset):
-                hosts.on_main(lambda: keep_item_map(dataset.path, folder))
             if former is not None:
                 # What it begins with may stay the best.
                 _validate(config, learner, dataset, folder, tracker, progress)

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from hstu_rec import checkpoint, distributed, hosts
 from hstu_rec.config import RunConfig, leaves, load
 from hstu_rec.data.dataset import Dataset
-from hstu_rec.data.folder import hash_items
-from hstu_rec.data.item_map import ITEM_MAP, MatchedItems, match_items
+from hstu_rec.data.item_map import ITEM_MAP, MatchedItems, item_map_hash, keep_item_map, match_items
 from hstu_rec.encoder import Calendar
 from hstu_rec.item_table import draw_rows, has_rows, local_shards, shards_of
 from hstu_rec.learner import Learner
@@ -95,8 +94,9 @@ def former_run(given: str) -> FormerRun:
 
 
 def warm_start(former: FormerRun, learner: Learner, dataset: Dataset, folder: Path) -> WarmStart:
-    """Fills a new learner from `former`; `folder`, which all ranks see, holds a file meanwhile. Collective.
+    """Fills a new learner from `former`, and keeps the dataset's item map in `folder`, which all ranks see.
 
+    Collective.
     Raises ValueError on all ranks: for a damaged checkpoint, a map that is not the checkpoint's, own ids of
     another type, or no item in common.
     """
@@ -106,9 +106,10 @@ def warm_start(former: FormerRun, learner: Learner, dataset: Dataset, folder: Pa
         former.checkpoint, state, apart=lambda name: has_rows(name) or name in periods
     )
     num_steps = meta["progress"]["steps_before"] + meta["progress"]["step"]
+    hosts.on_main(lambda: keep_item_map(dataset.path, folder))
     path = folder / "former_rows.npy"
     try:
-        items = hosts.on_main(lambda: _match(former, meta["items"], dataset, path))
+        items = hosts.on_main(lambda: _match(former, meta["items"], folder, path))
         sums = hosts.together(lambda: _carry(former, state, dataset, learner, path))
         seed = distributed.mixed_seed(learner.config.train.seed, num_steps)
         hosts.together(lambda: _begin(torch.stack(sums).sum(0), dataset, learner, path, seed))
@@ -119,17 +120,17 @@ def warm_start(former: FormerRun, learner: Learner, dataset: Dataset, folder: Pa
     return WarmStart(items, num_steps)
 
 
-def _match(former: FormerRun, map_hash: str | None, dataset: Dataset, path: Path) -> MatchedItems:
-    """Writes the former row of every item as `path`."""
-    if map_hash is not None and hash_items(former.item_map) != map_hash:
+def _match(former: FormerRun, map_hash: str | None, folder: Path, path: Path) -> MatchedItems:
+    """Writes the former row of every item of the run in `folder` as `path`."""
+    if map_hash is not None and item_map_hash(former.item_map) != map_hash:
         raise ValueError(
             f"{former.item_map} does not hold the items that {former.checkpoint} was trained on; give "
             "train.warm_start a run folder as it was written"
         )
-    items = match_items(former.item_map, dataset.path / ITEM_MAP, path)
+    items = match_items(former.item_map, folder / ITEM_MAP, path)
     if not items.num_known:
         raise ValueError(
-            f"no item of {dataset.path} is in {former.item_map}: their own ids have nothing in common; "
+            f"no item of {folder / ITEM_MAP} is in {former.item_map}: their own ids have nothing in common; "
             "prepare both from one catalogue, or train anew"
         )
     return items

@@ -46,17 +46,15 @@ def write_dataset(
         },
     )
     _write_arrow(path / "events.arrow", {"item": items, "timestamp": times})
-    pq.write_table(
-        pa.table(
-            {
-                "item_id": pa.array(range(num_items) if item_ids is None else item_ids),
-                "index": np.arange(num_items),
-                "count": np.bincount(items, minlength=num_items),
-                "train_count": np.bincount(items[is_train], minlength=num_items),
-            }
-        ),
-        path / "items.parquet",
+    train_counts = np.bincount(items[is_train], minlength=num_items)
+    _write_arrow(
+        path / "counts.arrow",
+        {"train_count": train_counts, "by_train_count": np.argsort(train_counts, kind="stable")},
     )
+    index = np.arange(num_items)
+    counts = {"count": np.bincount(items, minlength=num_items), "train_count": train_counts}
+    ids = pa.array(index if item_ids is None else item_ids)
+    pq.write_table(pa.table({"item_id": ids, "index": index, **counts}), path / "items.parquet")
     stats = {"users": len(lengths), "items": num_items, "events": len(items)}
     (path / "stats.json").write_text(
         json.dumps({"format_version": FORMAT_VERSION, "split": {"kind": "leave_one_out"}, **stats})

@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.prepare import PrepareConfig, prepare
 
+ROOT = Path(__file__).resolve().parents[1]
 DAY = 86_400
 
 
@@ -103,3 +107,16 @@ def refusal(source: Path | str, folder: Path, **options: Any) -> str:
         prepare(PrepareConfig(**options), source, folder / "out")
     assert sorted(folder.rglob("*")) == before
     return str(caught.value)
+
+
+def prepare_app(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """apps/prepare.py in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "apps/prepare.py", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from event_files import (
     as_csv,
     as_json,
     parquet,
+    prepare_app,
     prepared,
     refusal,
     sequences,
@@ -184,7 +183,9 @@ def test_split_without_test_targets_is_refused(tmp_path: Path) -> None:
     source = parquet(tmp_path, table(rows))
     assert "every user has fewer than 3 events" in refusal(source, tmp_path, min_user_events=1)
     times = {"valid_time": "2031-01-01", "test_time": "2032-01-01"}
-    assert "no event is at" in refusal(source, tmp_path, min_user_events=1, split="time", **times)
+    assert "no user has an event before and one at" in refusal(
+        source, tmp_path, min_user_events=1, split="time", **times
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,7 +205,10 @@ def test_split_without_test_targets_is_refused(tmp_path: Path) -> None:
             "neither unix seconds nor an ISO date",
         ),
         ({"tie_column": "timestamp"}, "must differ; got user_id, item_id, timestamp, timestamp"),
-        ({"memory_limit": "lots"}, "memory_limit must be a size such as 4GB; got lots"),
+        (
+            {"memory_limit": "lots"},
+            "memory_limit must be a size such as 4GB, or a share such as 50%; got lots",
+        ),
     ],
 )
 def test_options_that_cannot_work_are_refused(
@@ -242,7 +246,7 @@ def test_a_failure_while_writing_leaves_no_folder(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    for function in ("write", "sync", "hash_items"):
+    for function in ("write_events", "sync", "measure"):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
             patch.setattr(prepare_module, function, full)
             prepare(PrepareConfig(), source, tmp_path / "out")
@@ -271,14 +275,14 @@ def test_a_folder_that_appears_meanwhile_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, output = parquet(tmp_path, table()), tmp_path / "out"
-    hash_items = prepare_module.hash_items
+    measure = prepare_module.measure
 
-    def interfere(path: Path) -> str:
+    def interfere(*given: Any) -> dict[str, Any]:
         output.mkdir()
         (output / "other").touch()
-        return hash_items(path)
+        return measure(*given)
 
-    monkeypatch.setattr(prepare_module, "hash_items", interfere)
+    monkeypatch.setattr(prepare_module, "measure", interfere)
     with pytest.raises(ValueError, match="appeared while this ran"):
         prepare(PrepareConfig(), source, output)
     assert [path.name for path in output.iterdir()] == ["other"]
@@ -341,17 +345,37 @@ def test_item_map_hash_depends_on_the_ids_alone(tmp_path: Path) -> None:
 
 def test_a_small_memory_limit_spills_and_gives_the_same(tmp_path: Path) -> None:
     random = np.random.default_rng(1)
-    count = 300_000
+    count = 1_000_000
+    names = pa.array([f"name-{number:09d}" for number in range(100_000)])
     columns = {
-        "user_id": random.integers(0, 20_000, count),
-        "item_id": random.integers(0, 5_000, count),
+        "user_id": names.take(pa.array(random.integers(0, 50_000, count))),
+        "item_id": names.take(pa.array(random.integers(0, 100_000, count))),
         "timestamp": START + random.integers(0, 10**8, count),
     }
     source = parquet(tmp_path, pa.table(columns))
     large, small = tmp_path / "large", tmp_path / "small"
     prepare(PrepareConfig(), source, large)
     prepare(PrepareConfig(memory_limit="60MB"), source, small)
-    assert (large / "events.arrow").read_bytes() == (small / "events.arrow").read_bytes()
+    for name in dataset.MAPPED:
+        assert (large / name).read_bytes() == (small / name).read_bytes()
+    assert "memory_limit=5MB is too small for this input; raise it" in refusal(
+        source, tmp_path, memory_limit="5MB"
+    )
+
+
+def test_counts_and_users_are_views_of_the_mapped_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    prepare(PrepareConfig(), parquet(tmp_path, table()), output)
+    monkeypatch.setattr(pq, "read_table", None)  # items.parquet is not read for them
+    data = Dataset(output)
+    assert data.train_counts.tolist() == [1, 3, 0, 0]
+    assert data.items_by_count.tolist() == [2, 3, 0, 1]
+    mapped = [data.train_counts, data.items_by_count]
+    mapped += [data.starts, data.lengths, data.train_ends, data.valid_ends]
+    for values in mapped:
+        assert values.dtype == np.int64 and not values.flags.owndata and not values.flags.writeable
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not there")
@@ -377,22 +401,12 @@ def test_real_data_has_the_published_counts_and_order(
     assert sequences(tmp_path / "out") == wanted
 
 
-def run_app(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "apps/prepare.py", *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def test_the_app_prepares_and_prints_the_statistics(tmp_path: Path) -> None:
     source = text(tmp_path, as_csv(), "events.csv.gz")
-    done = run_app(source, tmp_path / "out", "tie_column=row", "min_user_events=4")
-    assert (done.returncode, done.stderr) == (0, "")
+    done = prepare_app(source, tmp_path / "out", "tie_column=row", "min_user_events=4")
+    assert done.returncode == 0
+    told = [line.rsplit(maxsplit=2)[0] for line in done.stderr.splitlines()]
+    assert told == ["read", "clean", "number ids", "filter", "split", "order, write", "measure"]
     assert "users    1\n" in done.stdout
     assert "dropped  user with fewer than 4 events 6\n" in done.stdout
     assert sequences(tmp_path / "out") == {"u1": SEQUENCES["u1"]}
@@ -407,7 +421,7 @@ def test_the_app_tells_errors_in_one_line_and_exits_with_2(tmp_path: Path) -> No
         ((source, tmp_path / "out", "item_column=item"), "nearest: 'item_id'"),
         ((source, tmp_path / "out", "k_core=5"), "kcore"),
     ):
-        done = run_app(*arguments)
+        done = prepare_app(*arguments)
         assert done.returncode == 2
         assert done.stderr.startswith("error: ") and sentence in done.stderr
         assert "Traceback" not in done.stderr

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from hstu_rec import tracking
-from hstu_rec.tracking import METRICS_FILE, Tracker, read_metrics
+from hstu_rec.tracking import METRICS_FILE, Stages, Tracker, read_metrics
 
 
 class Terminal(io.StringIO):
@@ -133,3 +133,27 @@ def test_importing_tracking_loads_neither_torch_nor_tensorboard_nor_matplotlib()
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_stages_are_a_bar_on_a_terminal_and_lines_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+) -> None:
+    stderr = Terminal() if is_terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with pytest.raises(ValueError, match="bad rows"), Stages(2, is_shown=True) as stages:
+        with stages.stage("read"):
+            pass
+        with stages.stage("clean"):
+            raise ValueError("bad rows")
+    told = stderr.getvalue()
+    if is_terminal:
+        assert "clean:  50%" in told and "1/2" in told
+    else:
+        assert [line.split()[0] for line in told.splitlines()] == ["read"]
+
+
+def test_stages_that_are_not_shown_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with Stages(1, is_shown=False) as stages, stages.stage("read"):
+        pass
+    assert capfd.readouterr() == ("", "")

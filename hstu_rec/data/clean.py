@@ -1,7 +1,7 @@
 """Staged rows into typed events: what a value means, which rows are bad, and the unit of time.
 
     staged --types--> typed: a view, with the reason why a row is bad
-           --kept--> events(seq, user, item, time [, tie])
+           --kept--> kept(seq, user, item, time [, tie]): a view
 
 A type is decided over all rows. `time` keeps the input's precision; `seq` is the row's place in
 the input.
@@ -9,10 +9,11 @@ the input.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import duckdb
 
+from hstu_rec.data.database import row, scalar
 from hstu_rec.data.sources import Staged
 
 TimeUnit = Literal["auto", "s", "ms", "us", "ns"]
@@ -29,7 +30,7 @@ NUMBER = r"-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][-+]?[0-9]+)?"
 
 @dataclass(frozen=True, kw_only=True)
 class Cleaned:
-    """What the table `events` holds."""
+    """What the view `kept` holds."""
 
     rows_read: int
     """Rows of the input, malformed lines included."""
@@ -61,7 +62,7 @@ def clean(
     time_unit: TimeUnit,
     bad_rows: BadRows,
 ) -> Cleaned:
-    """Makes the table `events` from the table `staged` and drops the latter.
+    """Makes the view `kept` over the table `staged`.
 
     Raises ValueError for bad rows (unless they are dropped), for ids that are floats with
     fractions, and for times of mixed or ambiguous unit.
@@ -81,12 +82,12 @@ def clean(
         f"CASE {reasons} END AS reason FROM (SELECT rowid AS seq, file, {values}, "
         f"{', '.join(f'{role} AS raw_{role}' for role in typed)} FROM staged)"
     )
-    rows_read = _scalar(connection, "SELECT count(*) FROM staged") + staged.num_malformed
+    rows_read = scalar(connection, "SELECT count(*) FROM staged") + staged.num_malformed
     dropped = _bad_row_counts(connection, staged, bad_rows)
-    is_kept = "reason IS NULL"
+    is_kept = "reason IS NULL" if sum(dropped.values()) > staged.num_malformed else "true"
     if min_rating is not None:
         is_low = f"{is_kept} AND rating < {float(min_rating)!r}"
-        below = _scalar(connection, f"SELECT count(*) FROM typed WHERE {is_low}")
+        below = scalar(connection, f"SELECT count(*) FROM typed WHERE {is_low}")
         dropped |= {f"rating below {min_rating:g}": below} if below else {}
         is_kept += f" AND rating >= {float(min_rating)!r}"
     if not rows_read:
@@ -98,8 +99,7 @@ def clean(
         )
     unit = _unit(connection, staged, typed["time"].kind, time_unit, is_kept)
     kept = ", ".join(role for role in typed if role != "rating")
-    connection.execute(f"CREATE TABLE events AS SELECT seq, {kept} FROM typed WHERE {is_kept}")
-    connection.execute("DROP VIEW typed; DROP TABLE staged")
+    connection.execute(f"CREATE VIEW kept AS SELECT seq, {kept} FROM typed WHERE {is_kept}")
     ticks = TICKS_PER_S[unit]
     is_moment = typed["time"].kind.startswith("TIMESTAMP")
     return Cleaned(
@@ -111,16 +111,6 @@ def clean(
         else f"time // {ticks}",
         has_tie="tie" in typed,
     )
-
-
-def _row(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
-    row = connection.execute(query).fetchone()
-    assert row is not None
-    return row
-
-
-def _scalar(connection: duckdb.DuckDBPyConnection, query: str) -> Any:
-    return _row(connection, query)[0]
 
 
 def _names(files: list[Path]) -> str:
@@ -147,7 +137,7 @@ def _profile(
 ) -> tuple[int, int, int]:
     """How many texts a column has, how many are plain int64 numbers, how many are numbers."""
     value = f"nullif({_text(staged, role)}, '')"
-    return _row(
+    return row(
         connection,
         f"""SELECT count(v),
                    count(*) FILTER (regexp_full_match(v, '{INTEGER}')
@@ -159,7 +149,7 @@ def _profile(
 
 def _first_file(connection: duckdb.DuckDBPyConnection, staged: Staged, test: str) -> Path:
     """The first file with a staged row for which `test` holds."""
-    return staged.files[_scalar(connection, f"SELECT min(file) FROM staged WHERE {test}")]
+    return staged.files[scalar(connection, f"SELECT min(file) FROM staged WHERE {test}")]
 
 
 def _id_column(
@@ -177,14 +167,14 @@ def _id_column(
     if kind in ("TEXT", "JSON"):
         text = f"nullif({_text(staged, role)}, '')"
         is_string = f"starts_with({role}, '\"')"
-        if kind == "JSON" and _scalar(connection, f"SELECT count(*) FROM staged WHERE {is_string}"):
+        if kind == "JSON" and scalar(connection, f"SELECT count(*) FROM staged WHERE {is_string}"):
             return _Column(value=text, kind="VARCHAR")
         count, num_integers, num_numbers = _profile(connection, staged, role)
         if num_integers == count:
             return _Column(value=f"TRY_CAST({text} AS BIGINT)", kind="BIGINT")
         # Numbers with a point or an exponent are integers that passed through a float column.
         # Plain digits beyond int64 are kept as strings.
-        has_float = num_numbers == count and _scalar(
+        has_float = num_numbers == count and scalar(
             connection, f"SELECT count(*) FROM staged WHERE {text} SIMILAR TO '.*[.eE].*'"
         )
         if not has_float:
@@ -206,14 +196,14 @@ def _whole_floats(
     finite = f"CASE WHEN isfinite({value}) THEN {value} END"
     inexact = f"isfinite({value}) AND ({value} <> floor({value}) OR abs({value}) > {exact})"
     advice = "write the ids as integers or strings before they pass through a float column"
-    count = _scalar(connection, f"SELECT count(*) FROM staged WHERE {inexact}")
+    count = scalar(connection, f"SELECT count(*) FROM staged WHERE {inexact}")
     if count:
         raise ValueError(
             f"{_first_file(connection, staged, inexact)}: column {name!r} ({role}_column) is float "
             f"and {count:,} values are fractions or too large to be exact; {advice}"
         )
     is_null = f"({finite}) IS NULL"
-    num_null = _scalar(connection, f"SELECT count(*) FROM staged WHERE {is_null}")
+    num_null = scalar(connection, f"SELECT count(*) FROM staged WHERE {is_null}")
     if num_null and bad_rows == "raise":
         raise ValueError(
             f"{_first_file(connection, staged, is_null)}: column {name!r} ({role}_column) is float "
@@ -226,7 +216,7 @@ def _refuse_odd_json(connection: duckdb.DuckDBPyConnection, staged: Staged, role
     """Refuses JSON ids that are neither all strings nor all numbers."""
     name = staged.columns[role]
     odd = f"{role}[1] IN ('{{', '[', 't', 'f')"
-    num_odd, num_strings, count = _row(
+    num_odd, num_strings, count = row(
         connection,
         f"SELECT count(*) FILTER ({odd}), count(*) FILTER (starts_with({role}, '\"')), "
         f"count({role}) FROM staged",
@@ -283,7 +273,7 @@ def _time_column(connection: duckdb.DuckDBPyConnection, staged: Staged) -> _Colu
     if kind == "DOUBLE":
         finite = f"CASE WHEN isfinite({value}) THEN {value} END"
         is_broken = f"{finite} <> floor({finite}) OR abs({finite}) > {2**53}"
-        if _scalar(connection, f"SELECT count(*) FROM staged WHERE {is_broken}"):
+        if scalar(connection, f"SELECT count(*) FROM staged WHERE {is_broken}"):
             return _Column(value=finite, kind="DOUBLE")
         return _Column(value=f"CAST({finite} AS BIGINT)", kind="BIGINT")
     return _Column(value=value, kind=kind)
@@ -306,7 +296,7 @@ def _bad(staged: Staged, typed: dict[str, _Column]) -> dict[str, str]:
 
 
 def _first_seq(connection: duckdb.DuckDBPyConnection, file: int) -> int:
-    return _scalar(connection, f"SELECT min(rowid) FROM staged WHERE file = {file}")
+    return scalar(connection, f"SELECT min(rowid) FROM staged WHERE file = {file}")
 
 
 def _bad_row_counts(
@@ -340,7 +330,7 @@ def _unit(
             )
         return "us" if kind == "TIMESTAMP" else "ns"
     if asked != "auto":
-        latest = _scalar(connection, f"SELECT max(time) FROM typed WHERE {is_kept}")
+        latest = scalar(connection, f"SELECT max(time) FROM typed WHERE {is_kept}")
         if latest >= LATEST_S * TICKS_PER_S[asked]:
             raise ValueError(
                 f"time_unit={asked}: column {name!r} reaches {latest}, beyond the year 5000; "

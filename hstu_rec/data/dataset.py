@@ -1,6 +1,7 @@
 """A prepared dataset folder, memory-mapped: only what a batch needs is read.
 
 items.parquet   one row an item    item_id | index | count | train_count
+counts.arrow    one row an item    train_count (by index) | by_train_count (indices, rarest first)
 users.arrow     one row a user     user_id | start | length | train_end | valid_end
 events.arrow    user after user    item | timestamp        (record batches of 2**22 rows)
 
@@ -19,48 +20,81 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-FORMAT_VERSION = 1
+from hstu_rec.data.mapped import open_arrow, views, whole
+
+FORMAT_VERSION = 2
 EVENT_CHUNK_ROWS = 2**22
-FILES = ("items.parquet", "users.arrow", "events.arrow", "stats.json")
+ITEMS, SEQUENCES = "items.parquet", "sequences.parquet"
+MAPPED = ("counts.arrow", "users.arrow", "events.arrow")
+FILES = (ITEMS, *MAPPED, "stats.json")
+
+
+def read_stats(path: Path) -> dict[str, Any]:
+    """stats.json of a folder that has all FILES.
+
+    Raises FileNotFoundError when files are missing, ValueError when another version wrote them.
+    """
+    missing = [name for name in FILES if not (path / name).exists()]
+    try:
+        stats = {} if "stats.json" in missing else json.loads((path / "stats.json").read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path}/stats.json is damaged ({error}); prepare the dataset again"
+        ) from error
+    if stats and stats.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}/stats.json has format_version {stats.get('format_version')}, "
+            f"this version reads {FORMAT_VERSION}; prepare the dataset again"
+        )
+    if missing and (path / SEQUENCES).exists():
+        raise FileNotFoundError(
+            f"data.path: {path} has {SEQUENCES} but not yet {', '.join(missing)}; check the folder "
+            f"and make them with: python apps/prepare.py check={path}"
+        )
+    if missing:
+        raise FileNotFoundError(
+            f"data.path: {path} is no prepared dataset ({', '.join(missing)} missing); "
+            f"make one with: python apps/prepare.py INPUT {path}"
+        )
+    return stats
 
 
 class Dataset:
     """Users' event sequences of one prepared folder.
+
+    train_counts: int64 [N], events of each item in the training part; items_by_count: int64 [N],
+    indices of items by rising train count, ties by index. starts, lengths, train_ends, valid_ends:
+    int64 [users]. All of them, and the events, are views of mapped files.
 
     Raises FileNotFoundError when `path` is no dataset folder, ValueError when another version wrote it.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        missing = [name for name in FILES if not (self.path / name).is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"data.path: {self.path} is no prepared dataset ({', '.join(missing)} missing); "
-                "make one with: python apps/prepare.py INPUT " + str(self.path)
-            )
-        self.stats: dict[str, Any] = json.loads((self.path / "stats.json").read_text())
-        if self.stats.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{self.path}/stats.json has format_version {self.stats.get('format_version')}, "
-                f"this version reads {FORMAT_VERSION}; prepare the dataset again"
-            )
-        users = _open_arrow(self.path / "users.arrow")
+        self.stats = read_stats(self.path)
+        users = open_arrow(self.path / "users.arrow")
         self._user_ids = users.column("user_id")
         self.starts, self.lengths, self.train_ends, self.valid_ends = (
-            _as_numpy(users.column(name)) for name in ("start", "length", "train_end", "valid_end")
+            whole(self.path / "users.arrow", users, name)
+            for name in ("start", "length", "train_end", "valid_end")
         )
-        events = _open_arrow(self.path / "events.arrow")
-        self._items = [_view(chunk) for chunk in events.column("item").chunks]
-        self._timestamps = [_view(chunk) for chunk in events.column("timestamp").chunks]
+        counts = open_arrow(self.path / "counts.arrow")
+        self.train_counts, self.items_by_count = (
+            whole(self.path / "counts.arrow", counts, name)
+            for name in ("train_count", "by_train_count")
+        )
+        events = open_arrow(self.path / "events.arrow")
+        self._items, self._timestamps = (views(events.column(n)) for n in ("item", "timestamp"))
         self.num_events = len(events)
         self.num_users = len(users)
-        self.num_items = int(self.stats["items"])
-        num_rows = pq.read_metadata(self.path / "items.parquet").num_rows
-        if num_rows != self.num_items:
-            raise ValueError(
-                f"{self.path}: stats.json counts {self.num_items} items, items.parquet has {num_rows} "
-                "rows; prepare the dataset again"
-            )
+        self.num_items = len(counts)
+        found = {"users": self.num_users, "items": self.num_items, "events": self.num_events}
+        for name, number in found.items():
+            if self.stats[name] != number:
+                raise ValueError(
+                    f"{self.path}: stats.json tells of {self.stats[name]} {name}, the files hold "
+                    f"{number}; prepare the dataset again"
+                )
 
     @property
     def facts(self) -> dict[str, int | float | str]:
@@ -71,35 +105,22 @@ class Dataset:
     def identity(self) -> dict[str, Any]:
         """What copies of the folder have in common: statistics, the hash of item ids, sizes of the files."""
         facts = {name: value for name, value in self.facts.items() if name != "prepare_s"}
-        sizes = {name: (self.path / name).stat().st_size for name in FILES if "json" not in name}
+        sizes = {name: (self.path / name).stat().st_size for name in MAPPED}
         return facts | {"split": self.stats.get("split")} | sizes
-
-    def _item_column(self, name: str) -> pa.ChunkedArray:
-        return pq.read_table(self.path / "items.parquet", columns=[name]).column(0)
 
     @cached_property
     def item_ids(self) -> pa.ChunkedArray:
-        """Own id of every item, by index."""
-        return self._item_column("item_id")
+        """Own id of every item, by index; read from items.parquet, into memory."""
+        items = pq.read_table(self.path / ITEMS, columns=["item_id", "index"])
+        index = items.column("index").to_numpy()
+        if (index == np.arange(len(index))).all():
+            return items.column("item_id")
+        return items.column("item_id").take(np.argsort(index))
 
     @property
     def user_ids(self) -> pa.ChunkedArray:
         """Own id of every user, by index."""
         return self._user_ids
-
-    @property
-    def train_counts(self) -> np.ndarray:
-        """int64 [N]: events of each item in the training part."""
-        return _as_numpy(self._item_column("train_count"))
-
-    @property
-    def items_by_count(self) -> np.ndarray:
-        """int64 [N]: items by rising count in the training part, equal ones by index."""
-        return self._items_by_count
-
-    @cached_property
-    def _items_by_count(self) -> np.ndarray:
-        return np.argsort(self.train_counts, kind="stable")
 
     def train_time_range(self) -> tuple[int, int]:
         """Times in s of the first and last training event. Raises ValueError when there is none."""
@@ -126,28 +147,6 @@ class Dataset:
         first = self.starts[users] + begins
         rows = np.repeat(first - offsets[:-1], counts) + np.arange(offsets[-1])
         return _take(self._items, rows), _take(self._timestamps, rows), offsets
-
-
-def _open_arrow(path: Path) -> pa.Table:
-    """The table of an Arrow IPC file, memory-mapped."""
-    try:
-        with pa.memory_map(str(path)) as source:
-            return pa.ipc.open_file(source).read_all()
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is damaged ({error}); prepare the dataset again") from error
-
-
-def _view(chunk: pa.Array) -> np.ndarray:
-    """The chunk's values without a copy."""
-    return chunk.to_numpy(zero_copy_only=True)
-
-
-def _as_numpy(column: pa.ChunkedArray) -> np.ndarray:
-    """The column as int64 [rows], without a copy when it is one chunk."""
-    chunks = [_view(chunk) for chunk in column.chunks]
-    if len(chunks) == 1:
-        return chunks[0]
-    return np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.int64)
 
 
 def _take(chunks: list[np.ndarray], rows: np.ndarray) -> np.ndarray:

@@ -3,7 +3,6 @@
 import tempfile
 from pathlib import Path
 
-from hstu_rec.data.dataset import FILES
 from hstu_rec.data.prepare import PrepareConfig, prepare
 from hstu_rec.data.stream import DataConfig
 from hstu_rec.data.synthetic import SyntheticConfig, event_tables, write_events
@@ -37,4 +36,4 @@ def prepare_if_demo(path: str) -> None:
 
 
 def _is_dataset(path: Path) -> bool:
-    return all((path / name).is_file() for name in FILES)
+    return (path / "stats.json").is_file()

@@ -1,15 +1,14 @@
-"""Clean events, already in one DuckDB table of codes, into the files of a dataset folder.
+"""The files of a dataset folder, streamed out of DuckDB.
 
-    events(user, item, time [, tie], seq)
-           --order--> users, items, sequence
-           --write--> users.arrow, items.parquet, events.arrow
-
-Codes rise with the own ids, so that indices do not depend on the order of rows or files.
+users(user_id, start, length, train_end, valid_end)          --> users.arrow
+a query of item, timestamp, time: user after user, in order  --> events.arrow, counts.arrow
+items(place, item_id)                                        --> items.parquet
 """
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,119 +19,73 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hstu_rec.data import dataset
-from hstu_rec.data.sources import quoted
+from hstu_rec.data.database import row
+from hstu_rec.data.mapped import arrow_writer
+from hstu_rec.data.tally import Tally
 
 QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
-MAX_ITEMS = 2**31 - 1
+READ_ROWS = 2**20
 
 
-def cut_times(
-    connection: duckdb.DuckDBPyConnection, seconds: str, valid_fraction: float, test_fraction: float
-) -> tuple[int, int]:
-    """(valid_time, test_time) in unix s that leave about these shares of events to each part."""
-    # Rounded, as a decimal in SQL: 1 - (0.2 + 0.1) is a little less than 0.7.
-    cuts = []
-    for later in (valid_fraction + test_fraction, test_fraction):
-        earlier = f"{1 - later:.9f}"
-        row = connection.execute(
-            f"""SELECT min(s) FROM (
-                    SELECT s, sum(n) OVER (ORDER BY s) AS so_far, sum(n) OVER () AS total
-                    FROM (SELECT {seconds} AS s, count(*) AS n FROM events GROUP BY s)
-                ) WHERE so_far > total * {earlier}"""
-        ).fetchone()
-        assert row is not None
-        cuts.append(row[0])
-    return cuts[0], cuts[1]
+def write_users(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
+    """Writes the table `users` as one record batch, so that its columns can be mapped as they are."""
+    columns = "user_id, start, length, train_end, valid_end"
+    users = connection.sql(f"SELECT {columns} FROM users ORDER BY start").to_arrow_table()
+    if pa.types.is_string(users.schema.field("user_id").type):  # one batch may pass 2 GiB
+        users = users.cast(users.schema.set(0, pa.field("user_id", pa.large_string())))
+    with arrow_writer(folder / "users.arrow", users.schema) as writer:
+        writer.write_table(users.combine_chunks())
 
 
-def order(
-    connection: duckdb.DuckDBPyConnection,
-    *,
-    seconds: str,
-    has_tie: bool,
-    cut: tuple[int, int] | None,
-) -> None:
-    """Makes the tables users, sequence and items; `seconds` is the SQL of an event's unix second.
+def write_events(connection: duckdb.DuckDBPyConnection, query: str, folder: Path) -> Tally:
+    """Writes events.arrow and counts.arrow; the tables users and items tell how many there are.
 
-    `cut` holds the times at which validation and test begin; None is leave-one-out.
+    query: item int32, timestamp int64 s, and time, the same in the precision of the input.
     """
-    if cut is None:
-        train_end, valid_end = (f"count(*) - if(count(*) >= 3, {n}, 0)" for n in (2, 1))
-    else:
-        train_end, valid_end = (f"count(*) FILTER ({seconds} < {moment})" for moment in cut)
-    connection.execute(
-        f"""CREATE TABLE users AS
-            SELECT row_number() OVER (ORDER BY code) - 1 AS place, code, length, train_end,
-                   valid_end, (sum(length) OVER (ORDER BY code ROWS UNBOUNDED PRECEDING)
-                               - length)::BIGINT AS start
-            FROM (SELECT user AS code, count(*) AS length, {train_end} AS train_end,
-                         {valid_end} AS valid_end
-                  FROM events GROUP BY user);
-            CREATE TABLE item_places AS
-            SELECT row_number() OVER (ORDER BY item) - 1 AS place, item AS code
-            FROM (SELECT DISTINCT item FROM events)"""
-    )
-    row = connection.execute(
-        "SELECT (SELECT count(*) FROM item_places), count(*) FILTER (valid_end < length), "
-        "count(*) FILTER (0 < train_end AND train_end < valid_end), "
-        "min(length), max(length) FROM users"
-    ).fetchone()
-    assert row is not None
-    num_items, num_tests, num_valid, *_ = row
-    if num_items > MAX_ITEMS:
-        raise ValueError(f"{num_items:,} items are more than {MAX_ITEMS:,}; raise min_item_events")
-    if num_tests == 0:
-        reason = (
-            "every user has fewer than 3 events"
-            if cut is None
-            else f"no event is at {cut[1]} s or later"
-        )
-        raise ValueError(
-            f"the split leaves no test target: {reason}; give more events or another split"
-        )
-    if num_valid == 0:
-        raise ValueError(
-            "the split leaves no validation target: no user has an event before and one in the "
-            "validation part; give other times or fractions"
-        )
-    connection.execute(
-        f"""CREATE TABLE sequence AS
-            SELECT u.place AS user, i.place::INTEGER AS item, ({seconds})::BIGINT AS timestamp
-            FROM events e JOIN users u ON e.user = u.code JOIN item_places i ON e.item = i.code
-            ORDER BY u.place, time, {"tie, " if has_tie else ""}seq;
-            CREATE TABLE items AS
-            SELECT s.item::BIGINT AS place, count(*) AS count,
-                   count(*) FILTER (s.rowid < u.start + u.train_end) AS train_count
-            FROM sequence s JOIN users u ON s.user = u.place GROUP BY s.item"""
-    )
-
-
-def write(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
-    """Streams the tables users, items and sequence into the dataset's three table files."""
-    write_arrow(
-        connection,
-        "SELECT d.id AS user_id, start, length, train_end, valid_end "
-        "FROM users u JOIN user_ids d ON u.code = d.code ORDER BY u.place",
-        folder / "users.arrow",
-    )
-    write_arrow(
-        connection, "SELECT item, timestamp FROM sequence ORDER BY rowid", folder / "events.arrow"
-    )
-    connection.execute(
-        "COPY (SELECT d.id AS item_id, p.place AS index, n.count, n.train_count "
-        "FROM item_places p JOIN item_ids d ON p.code = d.code JOIN items n ON n.place = p.place "
-        "ORDER BY p.place) "
-        f"TO {quoted(folder / 'items.parquet')} (FORMAT parquet, COMPRESSION zstd)"
-    )
-
-
-def write_arrow(connection: duckdb.DuckDBPyConnection, query: str, path: Path) -> None:
-    """Writes an uncompressed Arrow file in batches of EVENT_CHUNK_ROWS, the last one shorter."""
-    rows = dataset.EVENT_CHUNK_ROWS
-    reader = connection.sql(query).to_arrow_reader(min(rows, 2**20))
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, reader.schema) as writer:
-        for batch in _rechunked(reader, rows):
+    marks = connection.sql("SELECT length, train_end FROM users ORDER BY start").fetchnumpy()
+    num_items = row(connection, "SELECT count(*) FROM items")[0]
+    tally = Tally(num_items, marks["length"], marks["train_end"])
+    reader = connection.sql(query).to_arrow_reader(min(dataset.EVENT_CHUNK_ROWS, READ_ROWS))
+    schema = pa.schema([("item", pa.int32()), ("timestamp", pa.int64())])
+    with arrow_writer(folder / "events.arrow", schema) as writer:
+        for batch in _rechunked(_tallied(reader, tally), dataset.EVENT_CHUNK_ROWS):
             writer.write_batch(batch)
+    # One batch, so that the columns can be mapped as they are.
+    counts = pa.record_batch(
+        {"train_count": tally.train_counts, "by_train_count": by_train_count(tally.train_counts)}
+    )
+    with arrow_writer(folder / "counts.arrow", counts.schema) as writer:
+        writer.write_batch(counts)
+    return tally
+
+
+def by_train_count(train_counts: np.ndarray) -> np.ndarray:
+    """int64 [N]: indices of items, the rarest in training first, ties by index."""
+    return np.argsort(train_counts, kind="stable")
+
+
+def _tallied(reader: pa.RecordBatchReader, tally: Tally) -> Iterator[pa.RecordBatch]:
+    """The batches, counted, with the columns that are written."""
+    for batch in reader:
+        tally.add(*(batch.column(name).to_numpy() for name in ("item", "timestamp", "time")))
+        yield batch.select(["item", "timestamp"])
+
+
+def write_items(connection: duckdb.DuckDBPyConnection, tally: Tally, folder: Path) -> None:
+    """Writes the table `items` and what was counted of each."""
+    reader = _item_ids(connection)
+    schema = pa.schema(
+        [reader.schema.field("item_id")]
+        + [pa.field(name, pa.int64()) for name in ("index", "count", "train_count")]
+    )
+    begin = 0
+    with pq.ParquetWriter(folder / "items.parquet", schema, compression="zstd") as writer:
+        for batch in reader:
+            part = slice(begin, begin + len(batch))
+            columns = [batch.column(0), np.arange(part.start, part.stop)]
+            columns += [tally.counts[part], tally.train_counts[part]]
+            writer.write_table(pa.table(columns, schema=schema))
+            begin = part.stop
 
 
 def _rechunked(reader: pa.RecordBatchReader, rows: int) -> Iterator[pa.RecordBatch]:
@@ -151,24 +104,15 @@ def _rechunked(reader: pa.RecordBatchReader, rows: int) -> Iterator[pa.RecordBat
         yield pa.concat_batches(waiting)
 
 
-def measure(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
-    """Counts, lengths, density, ties and the range of times; made of events, users and sequence."""
+def measure(connection: duckdb.DuckDBPyConnection, tally: Tally) -> dict[str, Any]:
+    """Counts, lengths, density, ties, the range of times and the hash of the item map."""
     marks = ", ".join(f"quantile_disc(length, {share})" for share in QUANTILES.values())
-    row = connection.execute(
-        f"""SELECT count(*), (SELECT count(*) FROM items), sum(length)::BIGINT, {marks},
-                   count(*) FILTER (train_end < valid_end), count(*) FILTER (valid_end < length),
-                   (SELECT min(timestamp) FROM sequence), (SELECT max(timestamp) FROM sequence)
-            FROM users"""
-    ).fetchone()
-    assert row is not None
-    num_users, num_items, num_events, *lengths, valid_targets, test_targets, first, last = row
-    tied = connection.execute(
-        """SELECT sum(tied)::BIGINT, count(*) FILTER (newest >= 2)
-           FROM (SELECT sum(if(n >= 2, n, 0)) AS tied, arg_max(n, time) AS newest
-                 FROM (SELECT user, time, count(*) AS n FROM events GROUP BY user, time)
-                 GROUP BY user)"""
-    ).fetchone()
-    assert tied is not None
+    num_users, valid_targets, test_targets, *lengths = row(
+        connection,
+        f"""SELECT count(*), count(*) FILTER (train_end < valid_end),
+                   count(*) FILTER (valid_end < length), {marks} FROM users""",
+    )
+    num_events, num_items = tally.num_events, len(tally.counts)
     spread = dict(zip(QUANTILES, lengths, strict=True))
     return {
         "users": num_users,
@@ -176,29 +120,38 @@ def measure(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
         "events": num_events,
         "length": {"mean": round(num_events / num_users, 3)} | spread,
         "density": num_events / (num_users * num_items),
-        "tie_share": tied[0] / num_events,
-        "tie_last_two_share": tied[1] / num_users,
-        "first_timestamp": first,
-        "last_timestamp": last,
+        "tie_share": tally.num_tied / num_events,
+        "tie_last_two_share": tally.num_tied_last_two / num_users,
+        "first_timestamp": tally.first_timestamp,
+        "last_timestamp": tally.last_timestamp,
         "valid_targets": valid_targets,
         "test_targets": test_targets,
+        "item_map_hash": hash_items(batch.column(0) for batch in _item_ids(connection)),
     }
 
 
-def hash_items(path: Path) -> str:
+def _item_ids(connection: duckdb.DuckDBPyConnection) -> pa.RecordBatchReader:
+    """Own ids of the items (column item_id), by index."""
+    return connection.sql("SELECT item_id FROM items ORDER BY place").to_arrow_reader(READ_ROWS)
+
+
+def hash_items(batches: Iterable[pa.Array]) -> str:
     """SHA-256 of the own ids in index order: equal hashes mean equal item maps."""
     lengths, values = hashlib.sha256(), hashlib.sha256()
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(columns=["item_id"]):
-            ids = batch.column(0)
-            if pa.types.is_integer(ids.type):
-                values.update(np.ascontiguousarray(ids.to_numpy(), dtype="<i8").tobytes())
-                continue
-            raw = ids.cast(pa.large_binary())
-            sizes = pc.binary_length(raw).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
-            lengths.update(np.ascontiguousarray(sizes, dtype="<i8").tobytes())
-            values.update(b"".join(raw.to_pylist()))
+    for ids in batches:
+        if pa.types.is_integer(ids.type):
+            values.update(np.ascontiguousarray(ids.to_numpy(), dtype="<i8").tobytes())
+            continue
+        raw = ids.cast(pa.large_binary())
+        sizes = pc.binary_length(raw).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
+        lengths.update(np.ascontiguousarray(sizes, dtype="<i8").tobytes())
+        values.update(b"".join(raw.to_pylist()))
     return hashlib.sha256(lengths.digest() + values.digest()).hexdigest()
+
+
+def write_stats(stats: dict[str, Any], folder: Path) -> None:
+    """Writes stats.json."""
+    (folder / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
 
 
 def sync(folder: Path, *, is_deep: bool = True) -> None:

@@ -1,21 +1,25 @@
 """Own ids of a run's rows, kept with the run, and matched with those of another catalogue.
 
-RUN/items.parquet is the dataset's own, item_id | index | ...: the dataset may be prepared again.
+RUN/items.parquet holds item_id | index, by index: the dataset may be prepared again.
 """
 
 import os
-import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hstu_rec.data.database import database
+from hstu_rec.data.dataset import ITEMS
+from hstu_rec.data.folder import hash_items
 from hstu_rec.data.sources import quoted
+from hstu_rec.data.specification import parts
 
 ITEM_MAP = "items.parquet"
 # What the join of own ids may take; beyond it DuckDB works on disk.
@@ -35,8 +39,19 @@ class MatchedItems:
 def keep_item_map(dataset: Path, folder: Path) -> None:
     """Copies the dataset's map into `folder`, complete or not at all."""
     partial = folder / f"{ITEM_MAP}.tmp"
-    shutil.copyfile(dataset / ITEM_MAP, partial)
+    files = ", ".join(quoted(file) for file in parts(dataset / ITEMS))
+    with _duckdb(folder) as connection:
+        connection.execute(
+            f"COPY (SELECT item_id, index FROM read_parquet([{files}], hive_partitioning=false) "
+            f"ORDER BY index) TO {quoted(partial)} (FORMAT parquet, COMPRESSION zstd)"
+        )
     os.replace(partial, folder / ITEM_MAP)
+
+
+def item_map_hash(path: Path) -> str:
+    """The item_map_hash of stats.json, of a map that a run kept."""
+    with pq.ParquetFile(path) as file:
+        return hash_items(batch.column(0) for batch in file.iter_batches(columns=["item_id"]))
 
 
 def match_items(former: Path, now: Path, output: Path) -> MatchedItems:
@@ -57,21 +72,27 @@ def match_items(former: Path, now: Path, output: Path) -> MatchedItems:
         f"LEFT JOIN read_parquet({quoted(former)}) f ON n.item_id = f.item_id"
     )
     num_rows = num_known = 0
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix="match-") as spill:
-        settings: dict[str, Any] = {"memory_limit": MEMORY_LIMIT, "temp_directory": spill}
-        with duckdb.connect(config=settings) as connection:
-            connection.execute(
-                "SET enable_progress_bar = false; SET preserve_insertion_order = false"
-            )
-            for batch in connection.sql(query).to_arrow_reader(BATCH_ROWS):
-                rows, before = (batch.column(name).to_numpy() for name in ("now", "former"))
-                matched[rows] = before
-                num_rows += len(rows)
-                num_known += int((before >= 0).sum())
+    with _duckdb(output.parent) as connection:
+        connection.execute("SET preserve_insertion_order = false")
+        for batch in connection.sql(query).to_arrow_reader(BATCH_ROWS):
+            rows, before = (batch.column(name).to_numpy() for name in ("now", "former"))
+            matched[rows] = before
+            num_rows += len(rows)
+            num_known += int((before >= 0).sum())
     if num_rows != num_items or num_known > num_former:
         raise ValueError(f"{former} or {now} names an item twice; prepare the dataset again")
     matched.flush()
     return MatchedItems(num_known, num_items - num_known, num_former - num_known)
+
+
+@contextmanager
+def _duckdb(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """DuckDB within MEMORY_LIMIT, that spills into `folder`."""
+    with (
+        tempfile.TemporaryDirectory(dir=folder, prefix="match-") as work,
+        database(Path(work), MEMORY_LIMIT) as connection,
+    ):
+        yield connection
 
 
 def _kind(path: Path) -> str:

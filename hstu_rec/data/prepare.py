@@ -1,15 +1,15 @@
 """A table of events into a dataset folder (its layout is drawn in dataset.py), in five steps.
 
-    1. stage      files as they are, in file and row order                              sources.py
-    2. clean      types, bad rows, unit of time --> events(seq, user, item, time)       clean.py
-    3. filter     repeats, item minimum, user minimum, k-core
-    4. order      users by id, within a user (time, tie, seq); split positions          folder.py
+    1. read       files as they are, in file and row order                              sources.py
+    2. clean      types, bad rows, unit of time --> kept(seq, user, item, time)         clean.py
+    3. filter     ids in numbers; repeats, item minimum, user minimum, k-core            events.py
+    4. order      users by id, within a user (time, tie, seq); split positions          events.py
     5. write      beside the target, synced, then renamed: complete or not at all       folder.py
 
-DuckDB does 1 to 4 on disk beside the target, so that memory stays under `memory_limit`.
+DuckDB does 1 to 4 on disk beside the target, so that memory stays under `memory_limit`; beyond that,
+the last step takes some numbers a user and an item.
 """
 
-import json
 import os
 import shutil
 import time
@@ -24,8 +24,11 @@ import duckdb
 
 from hstu_rec.data import dataset
 from hstu_rec.data.clean import BadRows, Cleaned, TimeUnit, clean
-from hstu_rec.data.folder import cut_times, hash_items, measure, order, sync, write
+from hstu_rec.data.database import MEMORY_LIMIT, database
+from hstu_rec.data.events import count, cut_times, drop_rare, drop_repeats, number, order
+from hstu_rec.data.folder import measure, sync, write_events, write_items, write_stats, write_users
 from hstu_rec.data.sources import PRESETS, PresetName, find_files, stage
+from hstu_rec.tracking import Stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +71,8 @@ class PrepareConfig:
     """split=time without times: share of the events in the validation part."""
     test_fraction: float = 0.1
     """split=time without times: share of the events in the test part."""
-    memory_limit: str | None = None
-    """Memory DuckDB may take, such as 4GB; default: 80 % of the machine's."""
+    memory_limit: str = MEMORY_LIMIT
+    """Memory DuckDB may take, such as 4GB or a share of the machine's; the rest is kept on disk."""
     overwrite: bool = False
     """Replaces a dataset that is already there."""
 
@@ -115,28 +118,50 @@ class PrepareConfig:
         return names
 
 
-def prepare(config: PrepareConfig, source: str | Path, output: str | Path) -> dict[str, Any]:
+def prepare(
+    config: PrepareConfig, source: str | Path, output: str | Path, *, has_progress: bool = False
+) -> dict[str, Any]:
     """Writes the dataset folder `output` from the event files at `source`; returns its stats.json.
 
-    `output` appears complete or not at all. Raises ValueError for what is wrong with the input or
-    the options, FileNotFoundError when nothing is at `source`.
+    `output` appears complete or not at all. `has_progress` tells the stages on stderr. Raises
+    ValueError for what is wrong with the input or the options, FileNotFoundError when nothing is
+    at `source`.
     """
     began = time.perf_counter()
     if problems := config.problems():
         raise ValueError("; ".join(problems))
     output = Path(output)
     _refuse_existing(output, config.overwrite)
-    preset = PRESETS[config.preset]
-    files = find_files(source, preset)
-    with _appearing(output, config.overwrite) as folder, _database(folder, config) as connection:
+    files = find_files(source, PRESETS[config.preset])
+    with (
+        _appearing(output, config.overwrite) as folder,
+        database(folder, config.memory_limit) as connection,
+        Stages(7, is_shown=has_progress) as stages,
+    ):
+        stats = _make(config, files, connection, folder, stages)
+        stats["prepare_s"] = round(time.perf_counter() - began, 3)
+        write_stats(stats, folder)
+    return stats
+
+
+def _make(
+    config: PrepareConfig,
+    files: list[Path],
+    connection: duckdb.DuckDBPyConnection,
+    folder: Path,
+    stages: Stages,
+) -> dict[str, Any]:
+    """Writes the dataset's tables into `folder`; returns their statistics."""
+    with stages.stage("read"):
         staged = stage(
             connection,
             files,
             config.columns(),
-            preset,
+            PRESETS[config.preset],
             has_bad_lines_dropped=config.bad_rows == "drop",
             folder=folder,
         )
+    with stages.stage("clean"):
         cleaned = clean(
             connection,
             staged,
@@ -144,27 +169,31 @@ def prepare(config: PrepareConfig, source: str | Path, output: str | Path) -> di
             time_unit=config.time_unit,
             bad_rows=config.bad_rows,
         )
-        _number(connection, cleaned)
+    with stages.stage("number ids"):
+        number(connection, cleaned)
+    with stages.stage("filter"):
         dropped = cleaned.dropped | _filter(connection, config, cleaned)
+    with stages.stage("split"):
         cut = _cut(connection, config, cleaned)
-        order(connection, seconds=cleaned.seconds, has_tie=cleaned.has_tie, cut=cut)
-        write(connection, folder)
-        stats = {
-            "format_version": dataset.FORMAT_VERSION,
-            **measure(connection),
-            "rows_read": cleaned.rows_read,
-            "dropped": dropped,
-            "time_unit": cleaned.time_unit,
-            "split": {"kind": config.split}
-            | (dict(zip(("valid_time", "test_time"), cut, strict=True)) if cut else {}),
-            "item_map_hash": hash_items(folder / "items.parquet"),
-            "files": [path.name for path in files],
-            "config": asdict(config),
-            "prepare_s": round(time.perf_counter() - began, 3),
-        }
-        assert cleaned.rows_read == stats["events"] + sum(dropped.values())
-        (folder / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
-    return stats
+        ordered = order(connection, cleaned, cut)
+    with stages.stage("order, write"):
+        write_users(connection, folder)
+        tally = write_events(connection, ordered, folder)
+    with stages.stage("measure"):
+        write_items(connection, tally, folder)
+        measured = measure(connection, tally)
+    assert cleaned.rows_read == tally.num_events + sum(dropped.values())
+    split = dict(zip(("valid_time", "test_time"), cut, strict=True)) if cut else {}
+    return {
+        "format_version": dataset.FORMAT_VERSION,
+        **measured,
+        "rows_read": cleaned.rows_read,
+        "dropped": dropped,
+        "time_unit": cleaned.time_unit,
+        "split": {"kind": config.split} | split,
+        "files": [path.name for path in files],
+        "config": asdict(config),
+    }
 
 
 def report(stats: dict[str, Any]) -> str:
@@ -240,37 +269,6 @@ def _appearing(output: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def _database(folder: Path, config: PrepareConfig) -> Iterator[duckdb.DuckDBPyConnection]:
-    """DuckDB on disk in `folder`, without network; its files are gone when the block ends."""
-    work = folder / "work"
-    work.mkdir()
-    settings: dict[str, Any] = {
-        "temp_directory": str(work / "spill"),
-        "autoinstall_known_extensions": False,
-        "preserve_insertion_order": True,
-    }
-    if config.memory_limit is not None:
-        settings["memory_limit"] = config.memory_limit
-    try:
-        connection = duckdb.connect(str(work / "events.duckdb"), config=settings)
-    except duckdb.Error as error:
-        raise ValueError(
-            f"memory_limit must be a size such as 4GB; got {config.memory_limit}"
-        ) from error
-    try:
-        connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
-        yield connection
-    except duckdb.OutOfMemoryException as error:
-        raise ValueError(
-            f"memory_limit={config.memory_limit or 'default'} is too small for this input; "
-            f"raise it, or make room on the disk of {folder.parent} ({str(error).splitlines()[0]})"
-        ) from error
-    finally:
-        connection.close()
-        shutil.rmtree(work, ignore_errors=True)
-
-
 def _cut(
     connection: duckdb.DuckDBPyConnection, config: PrepareConfig, cleaned: Cleaned
 ) -> tuple[int, int] | None:
@@ -282,64 +280,26 @@ def _cut(
     return cut_times(connection, cleaned.seconds, config.valid_fraction, config.test_fraction)
 
 
-def _number(connection: duckdb.DuckDBPyConnection, cleaned: Cleaned) -> None:
-    """Replaces own ids by codes in the order of the ids (integers by value, strings by bytes)."""
-    for role in ("user", "item"):
-        connection.execute(
-            f"CREATE TABLE {role}_ids AS SELECT row_number() OVER (ORDER BY id) - 1 AS code, id "
-            f"FROM (SELECT DISTINCT {role} AS id FROM events)"
-        )
-    tie = ", tie" if cleaned.has_tie else ""
-    connection.execute(
-        f"CREATE TABLE coded AS SELECT u.code AS user, i.code AS item, time{tie}, seq "
-        "FROM events e JOIN user_ids u ON e.user = u.id JOIN item_ids i ON e.item = i.id"
-    )
-    connection.execute("DROP TABLE events; ALTER TABLE coded RENAME TO events")
-
-
 def _filter(
     connection: duckdb.DuckDBPyConnection, config: PrepareConfig, cleaned: Cleaned
 ) -> dict[str, int]:
     """Leaves out events by the options; the rows dropped by each."""
     dropped: dict[str, int] = {}
-
-    def keep(reason: str, condition: str) -> int:
-        before = _count(connection)
-        connection.execute(
-            f"CREATE TABLE kept AS SELECT * FROM events {condition}; DROP TABLE events; "
-            "ALTER TABLE kept RENAME TO events"
-        )
-        lost = before - _count(connection)
-        if lost:
-            dropped[reason] = dropped.get(reason, 0) + lost
-        return lost
-
-    def frequent(role: str, least: int) -> str:
-        return f"{role} IN (SELECT {role} FROM events GROUP BY {role} HAVING count(*) >= {least})"
-
     if config.drop_repeats:
-        order = "time, tie, seq" if cleaned.has_tie else "time, seq"
-        keep(
-            "repeated item",
-            f"QUALIFY row_number() OVER (PARTITION BY user, item ORDER BY {order}) = 1",
-        )
+        dropped["repeated item"] = drop_repeats(connection, cleaned.has_tie)
     for role, least in (("item", config.min_item_events), ("user", config.min_user_events)):
         if least > 1:
-            keep(f"{role} with fewer than {least} events", f"WHERE {frequent(role, least)}")
+            dropped[f"{role} with fewer than {least} events"] = drop_rare(connection, [role], least)
     if config.kcore > 1:
-        core = f"WHERE {frequent('user', config.kcore)} AND {frequent('item', config.kcore)}"
-        while keep(f"outside the {config.kcore}-core", core):
-            pass
-    if _count(connection) == 0:
-        told = "; ".join(f"{why}: {count:,}" for why, count in (cleaned.dropped | dropped).items())
+        outside = 0
+        while lost := drop_rare(connection, ["user", "item"], config.kcore):
+            outside += lost
+        dropped[f"outside the {config.kcore}-core"] = outside
+    dropped = {why: lost for why, lost in dropped.items() if lost}
+    if count(connection) == 0:
+        told = "; ".join(f"{why}: {lost:,}" for why, lost in (cleaned.dropped | dropped).items())
         raise ValueError(
             f"no rows are left of {cleaned.rows_read:,}; {told}; lower min_user_events, "
             "min_item_events, kcore or min_rating"
         )
     return dropped
-
-
-def _count(connection: duckdb.DuckDBPyConnection) -> int:
-    row = connection.execute("SELECT count(*) FROM events").fetchone()
-    assert row is not None
-    return row[0]

@@ -21,6 +21,8 @@ from typing import Literal
 
 import duckdb
 
+from hstu_rec.data.database import quoted
+
 Format = Literal["parquet", "csv", "json"]
 PresetName = Literal["none", "amazon2014", "movielens_dat", "movielens_csv"]
 
@@ -166,11 +168,6 @@ def stage(
             ) from error
         types = types or found
     return Staged(files=files, columns=columns, types=types, num_malformed=num_malformed)
-
-
-def quoted(text: str | Path) -> str:
-    """A SQL string literal."""
-    return "'" + str(text).replace("'", "''") + "'"
 
 
 def _name(column: str) -> str:

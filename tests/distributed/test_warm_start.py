@@ -94,7 +94,7 @@ def begin_warm(data: Path, former_folder: Path, folder: Path, settings: list[str
     dataset = Dataset(data)
     learner = Learner(config, dataset, torch.device("cpu"))
     begun = warm_start.warm_start(former_run(str(former_folder)), learner, dataset, folder)
-    assert not list(folder.iterdir())
+    assert [path.name for path in folder.iterdir()] == ["items.parquet"]
     state = checkpoint.named_tensors(learner.state())
     parts = {
         name: [(first, rows.detach().numpy().copy()) for rows, first in shards_of(tensor)]

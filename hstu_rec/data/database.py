@@ -1,0 +1,63 @@
+"""DuckDB beside the data: on disk, within a memory limit, without network.
+
+Whatever does not fit into the limit is spilled into the same folder.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+MEMORY_LIMIT = "50%"
+
+
+@contextmanager
+def database(folder: Path, memory_limit: str = MEMORY_LIMIT) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A new database in `folder`; its files are gone when the block ends.
+
+    Raises ValueError for a limit that is no size, or too small for what the block does.
+    """
+    work = folder / "work"
+    work.mkdir()
+    settings: dict[str, Any] = {
+        "temp_directory": str(work / "spill"),
+        "memory_limit": memory_limit,
+        "autoinstall_known_extensions": False,
+        "preserve_insertion_order": True,
+    }
+    try:
+        connection = duckdb.connect(str(work / "events.duckdb"), config=settings)
+    except duckdb.Error as error:
+        raise ValueError(
+            f"memory_limit must be a size such as 4GB, or a share such as 50%; got {memory_limit}"
+        ) from error
+    try:
+        connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
+        yield connection
+    except duckdb.OutOfMemoryException as error:
+        raise ValueError(
+            f"memory_limit={memory_limit} is too small for this input; raise it, or make room on "
+            f"the disk of {folder.parent} ({str(error).splitlines()[0]})"
+        ) from error
+    finally:
+        connection.close()
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def row(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
+    """The only row of a query's result."""
+    (found,) = connection.execute(query).fetchall()
+    return found
+
+
+def scalar(connection: duckdb.DuckDBPyConnection, query: str) -> Any:
+    """The first value of the only row."""
+    return row(connection, query)[0]
+
+
+def quoted(text: str | Path) -> str:
+    """A SQL string literal."""
+    return "'" + str(text).replace("'", "''") + "'"

@@ -1,0 +1,157 @@
+"""Kept events into users, items and one order: numbers in place of ids, filters, split positions.
+
+    kept   --number--> events(seq, user, item, time [, tie]), user_ids, item_ids
+           --filter--> events
+           --order--> users, items, and the query that gives the events user after user
+
+Numbers rise with the own ids, so that indices do not depend on the order of rows or files.
+"""
+
+from collections.abc import Sequence
+from decimal import Decimal
+
+import duckdb
+
+from hstu_rec.data.clean import Cleaned
+from hstu_rec.data.database import row, scalar
+
+MAX_ITEMS = 2**31 - 1
+
+
+def number(connection: duckdb.DuckDBPyConnection, cleaned: Cleaned) -> None:
+    """Makes the table `events`, in numbers, of the view `kept`; drops what that was made of.
+
+    Numbers are in the order of the ids: integers by value, strings by bytes.
+    """
+    for role in ("user", "item"):
+        connection.execute(
+            f"CREATE TABLE {role}_ids AS SELECT row_number() OVER () - 1 AS code, id "
+            f"FROM (SELECT DISTINCT {role} AS id FROM kept ORDER BY id)"
+        )
+    tie = ", tie" if cleaned.has_tie else ""
+    connection.execute(
+        f"CREATE TABLE events AS SELECT u.code AS user, i.code AS item, time{tie}, seq "
+        "FROM kept k JOIN user_ids u ON k.user = u.id JOIN item_ids i ON k.item = i.id"
+    )
+    connection.execute("DROP VIEW kept; DROP VIEW typed; DROP TABLE staged; CHECKPOINT")
+
+
+def drop_repeats(connection: duckdb.DuckDBPyConnection, has_tie: bool) -> int:
+    """Keeps a user's first event on an item; the number of events dropped."""
+    by = "time, tie, seq" if has_tie else "time, seq"
+    return _keep(
+        connection, f"QUALIFY row_number() OVER (PARTITION BY user, item ORDER BY {by}) = 1"
+    )
+
+
+def drop_rare(connection: duckdb.DuckDBPyConnection, roles: Sequence[str], least: int) -> int:
+    """Leaves out events whose user or item, as `roles` say, has fewer; the number dropped."""
+    rare = {
+        role: f"SELECT {role} FROM events GROUP BY {role} HAVING count(*) < {least}"
+        for role in roles
+    }
+    # Most often there are none, and then nothing of the size of the events is written.
+    tests = [
+        f"{role} NOT IN (FROM rare_{role})"
+        for role, query in rare.items()
+        if scalar(connection, f"CREATE OR REPLACE TEMP TABLE rare_{role} AS {query}")
+    ]
+    return _keep(connection, f"WHERE {' AND '.join(tests)}") if tests else 0
+
+
+def _keep(connection: duckdb.DuckDBPyConnection, condition: str) -> int:
+    before = count(connection)
+    connection.execute(f"CREATE TABLE fewer AS SELECT * FROM events {condition}")
+    connection.execute("DROP TABLE events; ALTER TABLE fewer RENAME TO events")
+    return before - count(connection)
+
+
+def count(connection: duckdb.DuckDBPyConnection) -> int:
+    """Rows of the table `events`."""
+    return scalar(connection, "SELECT count(*) FROM events")
+
+
+def cut_times(
+    connection: duckdb.DuckDBPyConnection, seconds: str, valid_fraction: float, test_fraction: float
+) -> tuple[int, int]:
+    """(valid_time, test_time) in unix s that leave about these shares of events to each part."""
+    # Decimals of few digits: 1 - (0.2 + 0.1) is a little less than 0.7.
+    earlier = [
+        Decimal(f"{1 - later:.9f}") for later in (valid_fraction + test_fraction, test_fraction)
+    ]
+    total = count(connection)
+    valid_time, test_time = (
+        scalar(
+            connection,
+            f"SELECT {seconds} AS s FROM events ORDER BY s LIMIT 1 OFFSET {int(total * share)}",
+        )
+        for share in earlier
+    )
+    return valid_time, test_time
+
+
+def leave_one_out(length: str) -> tuple[str, str]:
+    """SQL of train_end and valid_end: with 3 events or more, the last two are targets."""
+    return f"{length} - if({length} >= 3, 2, 0)", f"{length} - if({length} >= 3, 1, 0)"
+
+
+def order(
+    connection: duckdb.DuckDBPyConnection, cleaned: Cleaned, cut: tuple[int, int] | None
+) -> str:
+    """Makes the tables users and items; returns the query of the events, user after user in order.
+
+    `cut` holds the times at which validation and test begin; None is leave-one-out.
+    Raises ValueError when there are too many items, or no targets.
+    """
+    if cut is None:
+        train_end, valid_end = leave_one_out("count(*)")
+    else:
+        train_end, valid_end = (f"count(*) FILTER ({cleaned.seconds} < {time})" for time in cut)
+    connection.execute(
+        f"""CREATE TABLE users AS
+            SELECT id AS user_id, length, train_end, valid_end,
+                   (sum(length) OVER (ROWS UNBOUNDED PRECEDING) - length)::BIGINT AS start
+            FROM (SELECT code, id, length, train_end, valid_end
+                  FROM (SELECT user AS code, count(*) AS length, {train_end} AS train_end,
+                               {valid_end} AS valid_end
+                        FROM events GROUP BY user) JOIN user_ids USING (code)
+                  ORDER BY code);
+            CREATE TABLE items AS
+            SELECT row_number() OVER () - 1 AS place, code, id AS item_id
+            FROM (SELECT code, id FROM (SELECT DISTINCT item AS code FROM events)
+                  JOIN item_ids USING (code) ORDER BY code);
+            DROP TABLE user_ids; DROP TABLE item_ids"""
+    )
+    num_items = scalar(connection, "SELECT count(*) FROM items")
+    if num_items > MAX_ITEMS:
+        raise ValueError(f"{num_items:,} items are more than {MAX_ITEMS:,}; raise min_item_events")
+    num_valid, num_tests = num_targets(connection)
+    if num_tests == 0:
+        reason = (
+            "every user has fewer than 3 events"
+            if cut is None
+            else f"no user has an event before and one at {cut[1]} s or later"
+        )
+        raise ValueError(
+            f"the split leaves no test target: {reason}; give more events or another split"
+        )
+    if num_valid == 0:
+        raise ValueError(
+            "the split leaves no validation target: no user has an event before and one in the "
+            "validation part; give other times or fractions"
+        )
+    return (
+        f"SELECT i.place::INTEGER AS item, ({cleaned.seconds})::BIGINT AS timestamp, time "
+        "FROM events e JOIN items i ON e.item = i.code "
+        f"ORDER BY e.user, time, {'tie, ' if cleaned.has_tie else ''}seq"
+    )
+
+
+def num_targets(connection: duckdb.DuckDBPyConnection) -> tuple[int, int]:
+    """Validation and test targets of the table `users` that have a history to predict them by."""
+    valid, test = row(
+        connection,
+        "SELECT count(*) FILTER (0 < train_end AND train_end < valid_end), "
+        "count(*) FILTER (0 < valid_end AND valid_end < length) FROM users",
+    )
+    return valid, test
