@@ -3,16 +3,14 @@
     python apps/benchmark.py step [CONFIG.yaml ...] [key=value ...]     jagged histories beside padded ones
     python apps/benchmark.py epoch [CONFIG.yaml ...] [key=value ...]    whole epochs, without validation
     python apps/benchmark.py curve [CONFIG.yaml ...] [key=value ...]    test figures after every epoch
-    python apps/benchmark.py attention [key=value ...]                  attention alone, by shape and form
-    python apps/benchmark.py tune [key=value ...]                       compile options of its kernel, on CUDA
-    python apps/benchmark.py encoder [key=value ...]                    its layers' training step alone
-    python apps/benchmark.py loss [key=value ...]                       the loss alone, by size
+    python apps/benchmark.py attention|encoder|loss|ranking [key=value ...]                   a part alone
+    python apps/benchmark.py tune [key=value ...]                       attention's compile options, on CUDA
     python apps/benchmark.py memory [CONFIG.yaml ...] [key=value ...]   what a rank holds beside its estimate
     python apps/benchmark.py quality RECIPE.yaml ... [quality.key=value ...] [key=value ...]
 
-torchrun and torchx launch step, epoch, curve and memory. `MEASURE help` lists keys. quality trains recipes
-with several seeds, in processes that it launches, but for runs that are done; it writes quality.md, .json and
-.png beside published figures and baselines. quality.* are its own settings, others are given to all runs.
+torchrun and torchx launch step, epoch, curve, ranking and memory. `MEASURE help` lists keys. quality trains
+recipes with several seeds, in processes that it launches, but for runs that are done, and writes quality.md,
+.json and .png beside published figures; its own settings are quality.*, all others are given to the runs.
 """
 
 import sys
@@ -27,6 +25,7 @@ from hstu_rec.loss_benchmark import LossTimes, loss_times
 from hstu_rec.memory_benchmark import measure_memory
 from hstu_rec.planning import PlannedRun
 from hstu_rec.quality import QualitySettings, quality
+from hstu_rec.ranking_benchmark import RankingTimes, ranking_times
 
 MEASURES: dict[str, tuple[Any, Any]] = {
     "step": (RunConfig, compare_steps),
@@ -36,10 +35,11 @@ MEASURES: dict[str, tuple[Any, Any]] = {
     "tune": (OptionTimes, option_times),
     "encoder": (EncoderTimes, encoder_times),
     "loss": (LossTimes, loss_times),
+    "ranking": (RankingTimes, ranking_times),
     "memory": (PlannedRun, measure_memory),
 }
-HELP = {"help", "--help", "-h"}
 SCHEMAS = {name: schema for name, (schema, _) in MEASURES.items()} | {"quality": QualitySettings}
+HELP = {"help", "--help", "-h"}
 
 
 def main(arguments: list[str]) -> None:
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     if measure in HELP:
         print(__doc__)
     elif HELP & set(arguments) and measure in SCHEMAS:
-        print(f"Keys of {measure}:\n{help_text(SCHEMAS[measure])}")
+        print(help_text(SCHEMAS[measure]))
     elif measure == "quality":
         sys.exit(0 if quality(options) else 1)
     elif measure in MEASURES:

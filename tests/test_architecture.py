@@ -12,7 +12,13 @@ PACKAGE = ROOT / "hstu_rec"
 # Highest first; a module imports only from layers below its own. data and ops are packages of modules
 # that may import each other without a cycle. The lazy names of hstu_rec/__init__.py are not imports.
 LAYERS = [
-    {"loss_benchmark", "encoder_benchmark", "attention_tuning", "memory_benchmark"},
+    {
+        "loss_benchmark",
+        "encoder_benchmark",
+        "attention_tuning",
+        "memory_benchmark",
+        "ranking_benchmark",
+    },
     {"trainer", "benchmark", "quality", "attention_benchmark"},
     {"runs", "warm_start", "planning"},
     {"learner"},

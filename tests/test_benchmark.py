@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hstu_rec import distributed
+from hstu_rec import distributed, ranking_benchmark
 from hstu_rec.attention_benchmark import AttentionTimes, attention_times
 from hstu_rec.attention_forms import FORMS, Batch, Shape, padded
 from hstu_rec.attention_tuning import OptionTimes, option_times
@@ -14,9 +14,11 @@ from hstu_rec.benchmark import PaddedStream, compare_steps, figures_by_epoch, ho
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.encoder_benchmark import EncoderTimes, encoder_of, encoder_times, training_work
+from hstu_rec.evaluator import rank_targets
 from hstu_rec.learner import Learner
 from hstu_rec.loss_benchmark import LossTimes, loss_times, own_loss, plain_loss
 from hstu_rec.ops import jagged_attention_reference
+from hstu_rec.ranking_benchmark import RankingTimes, ranking_times
 from hstu_rec.trainer import train
 from tests.datasets import write_dataset
 
@@ -221,3 +223,25 @@ def test_both_forms_of_the_loss_are_the_same_function():
 def test_bad_settings_of_the_loss_are_refused(setting, problem):
     with pytest.raises(ValueError, match=problem):
         load(LossTimes, [setting])
+
+
+@pytest.mark.parametrize("sizes", [(40, 500, 8), (3, 7, 5)])
+def test_timed_ranks_are_checked(sizes):
+    num_queries, num_items, dim = sizes
+    config = RankingTimes(
+        num_queries=num_queries, num_items=num_items, dim=dim, num_seen=5, repeats=1
+    )
+    (line,) = ranking_times(config, CPU)
+    assert line.startswith(f"{num_queries} queries, {num_items} items x {dim}, 5 seen a query: ")
+    assert line.endswith(f"; {min(num_queries, 16)} queries equal float64")
+
+
+def test_a_wrong_rank_is_not_timed(monkeypatch):
+    def too_low(queries, shard, chunk_items):
+        allowed, masked = rank_targets(queries, shard, chunk_items)
+        return allowed, masked - 1
+
+    monkeypatch.setattr(ranking_benchmark, "rank_targets", too_low)
+    config = RankingTimes(num_queries=20, num_items=50, dim=4, num_seen=3, repeats=1)
+    with pytest.raises(ArithmeticError, match="16 ranks differ from those counted in float64"):
+        list(ranking_times(config, CPU))

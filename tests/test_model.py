@@ -13,6 +13,7 @@ from hstu_rec.item_table import ItemTable, TableConfig
 from hstu_rec.learner import rate_factor
 from hstu_rec.loss import LossConfig, SampledSoftmax
 from hstu_rec.model import NextItemModel
+from hstu_rec.softmax import Negatives
 from hstu_rec.trainer import train
 from tests.datasets import write_dataset
 

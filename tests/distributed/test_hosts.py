@@ -60,7 +60,7 @@ def test_hosts_that_differ_are_refused_on_all_ranks_in_the_same_sentence(tmp_pat
     assert "train.seed 4 and 5; give every process the same" in other_seed
     assert other_data.startswith("the data in data.path data differ between process 0 on ")
     assert "first_timestamp 7 and 8; copy the folder of one host to the others" in other_data
-    assert no_data.startswith("data.path: data is no prepared dataset (items.parquet, users.arrow")
+    assert no_data.startswith("data.path: data is no prepared dataset (items.parquet, counts.arrow")
     # Nothing of a refused run is left.
     assert [sorted(path.name for path in (tmp_path / "0").glob("run/*"))] == [[]]
     assert not (tmp_path / "1/run").exists()
