@@ -125,8 +125,12 @@ class Learner:
         place = Place(epoch, index, step)
         now, ids = self.inputs.take(place)
         ids.fetch()
-        # Between fetch and the first use of rows: see Meanwhile.
-        meanwhile = Meanwhile.apply(self._zero, partial(self.inputs.make_ahead, place.later(2)))
+        later, meanwhile = partial(self.inputs.make_ahead, place.later(2)), self._zero.detach()
+        if self.inputs.has_thread:
+            later()
+        else:
+            # Between fetch and the first use of rows: see Meanwhile.
+            meanwhile = Meanwhile.apply(self._zero, later)
         self.inputs.send_ahead(place.later(1))
         (loss_sum,) = self.model(now.batch, now.negatives, now.lookup, ids, now.layout)
         self.inputs.advance()

@@ -4,10 +4,11 @@ A step seldom waits for other ranks, because it works on the next ones of its ep
 sparse distribution pipeline does):
 
     rows of this step travel              ->  the ids of the next one are sent
-    gradients of this step's rows travel  ->  the batch after that is made
+    gradients of this step's rows travel  ->  the batch after that is made; of many events, in a thread
 """
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -25,6 +26,10 @@ from hstu_rec.negatives import NegativeSampler, with_seen
 from hstu_rec.ops import JaggedLayout
 from hstu_rec.ops.triton_layout import BlockLayout
 from hstu_rec.softmax import Negatives
+
+# Events of a rank's step from which its input is made in a thread beside CUDA: 131,000 events took 15 ms in
+# place of 23. Python's threads take turns: of few events operations are short, and steps were half longer.
+THREAD_EVENTS = 2**15
 
 
 class Place(NamedTuple):
@@ -77,8 +82,12 @@ class InputPipeline:
     ) -> None:
         self._stream, self._sampler, self._device = stream, sampler, device
         self._model, self._table = model, table
-        # One entry at most: one for another place is dropped, on every rank alike.
-        self._made: dict[Place, StepInput] = {}
+        is_alone = sampler.config.negatives != "in_batch" or distributed.world_size() == 1
+        mean = stream.num_positions() / stream.num_steps(0) / distributed.world_size()
+        is_beside = device.type == "cuda" and is_alone and mean >= THREAD_EVENTS
+        self._thread = ThreadPoolExecutor(1, "inputs") if is_beside else None
+        # Few entries: those for places that do not come next are dropped, on every rank alike.
+        self._made: dict[Place, Future[StepInput]] = {}
         self._sent: dict[Place, tuple[StepInput, SentIds]] = {}
 
     def take(self, place: Place) -> tuple[StepInput, SentIds]:
@@ -95,10 +104,20 @@ class InputPipeline:
                 # No other to wait for; later it would be for the GPU's forward pass.
                 self.advance()
 
+    @property
+    def has_thread(self) -> bool:
+        """Whether inputs are made in a thread, which is better begun soon."""
+        return self._thread is not None
+
     def make_ahead(self, place: Place) -> None:
         """Makes the input of a step on CPU, if its epoch has it; collective for in_batch negatives."""
-        if place.batch < self._stream.num_steps(place.epoch):
-            self._made[place] = self._make(place)
+        if place.batch >= self._stream.num_steps(place.epoch):
+            return
+        if self._thread is not None:
+            self._made[place] = self._thread.submit(self._make, place)
+        else:
+            self._made[place] = Future()
+            self._made[place].set_result(self._make(place))
 
     def advance(self) -> None:
         """Starts the second exchange of the ids that were sent ahead, once others have sent theirs."""
@@ -106,8 +125,9 @@ class InputPipeline:
             ids.advance()
 
     def _send(self, place: Place) -> tuple[StepInput, SentIds]:
-        made = self._made.pop(place, None) or self._make(place)
-        self._made.clear()
+        ahead = self._made.pop(place, None)
+        made = ahead.result() if ahead else self._make(place)
+        self._made = {later: self._made[later] for later in self._made if later == place.later(1)}
         # 10 ms on CPU for 270,000 ids, and a wait for the device elsewhere.
         sent = distributed.beside(self._device, lambda: made.to(self._device).with_lookup())
         assert sent.lookup is not None
