@@ -22,7 +22,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,11 +40,8 @@ FORMAT_VERSION = 1
 STEP_NAME = re.compile(r"step_(\d{8,})(\.old)?")
 POINTER_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 
-T = TypeVar("T")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint could not be written, found, verified or loaded; raised on every rank."""
+# A checkpoint could not be written, found, verified or loaded; raised on every rank.
+CheckpointError = hosts.RankError
 
 
 def save(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Path:
@@ -58,15 +55,15 @@ def save(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -> 
     _agreed_leaves(state)
     final = root / f"step_{step:08d}"
     partial = final.with_name(final.name + ".tmp")
-    _on_main(lambda: _begin(partial, meta))
+    hosts.on_main(lambda: _begin(partial, meta))
     try:
         _save_tensors(partial, state)
-        names = _on_main(lambda: sorted(path.name for path in partial.iterdir()))
-        shares = _together(lambda: {name: _digest(partial / name) for name in _share(names)})
+        names = hosts.on_main(lambda: sorted(path.name for path in partial.iterdir()))
+        shares = hosts.together(lambda: {name: _digest(partial / name) for name in _share(names)})
         digests = {name: digest for share in shares for name, digest in share.items()}
-        _on_main(lambda: _publish(partial, final, digests))
+        hosts.on_main(lambda: _publish(partial, final, digests))
     except CheckpointError:
-        _on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+        hosts.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
         raise
     return final
 
@@ -82,19 +79,35 @@ def load(
     touched, when a file is damaged or when keys, shapes or dtypes of `state` differ from what was
     saved: an optimizer whose state is still empty would otherwise load nothing without a word.
     """
-    if not _on_main(path.is_dir):
+    if not hosts.on_main(path.is_dir):
         raise CheckpointError(f"there is no checkpoint {path}; give the folder of a step")
     if problems := _problems(path):
         raise CheckpointError(f"{path} is damaged: " + "; ".join(problems))
     reader = FileSystemReader(path)
     wanted = _agreed_leaves(state)
-    _together(lambda: _check_fit(path, reader.read_metadata().state_dict_metadata, wanted, apart))
+    hosts.together(
+        lambda: _check_fit(path, reader.read_metadata().state_dict_metadata, wanted, apart)
+    )
     tensors = {name: tensor for name, tensor in named_tensors(state).items() if not apart(name)}
     try:
         loader.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise CheckpointError(f"{path} could not be read: {_reasons(error)}") from error
-    return _on_main(lambda: json.loads((path / META).read_text(encoding="utf-8")))
+    return read_meta(path)
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The meta of a checkpoint. Raises CheckpointError when there is none, or it is damaged."""
+    if not hosts.on_main(path.is_dir):
+        raise CheckpointError(f"there is no checkpoint {path}; give the folder of a step")
+
+    def read() -> dict[str, Any]:
+        try:
+            return json.loads((path / META).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged: {META}: {error}") from error
+
+    return hosts.on_main(read)
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
@@ -103,7 +116,7 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
     (None, [...]) when there is none.
     """
     skipped: list[str] = []
-    for path in _on_main(lambda: _step_folders(root)):
+    for path in hosts.on_main(lambda: _step_folders(root)):
         problems = _problems(path)
         if not problems:
             return path, skipped
@@ -121,12 +134,12 @@ def point(root: Path, name: str, path: Path) -> None:
             raise ValueError(f"pointer {name!r} needs a complete checkpoint of {root}; got {path}")
         write_file(root / name, (path.name + "\n").encode())
 
-    _on_main(move)
+    hosts.on_main(move)
 
 
 def resolve(root: Path, name: str) -> Path:
     """The step folder that the pointer `name` names; CheckpointError when there is none."""
-    return _on_main(lambda: _resolve(root, name))
+    return hosts.on_main(lambda: _resolve(root, name))
 
 
 def purge(root: Path, keep: set[Path] | int) -> None:
@@ -134,7 +147,7 @@ def purge(root: Path, keep: set[Path] | int) -> None:
 
     What a pointer names always stays.
     """
-    _on_main(lambda: _purge(root, keep))
+    hosts.on_main(lambda: _purge(root, keep))
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -168,19 +181,6 @@ def named_tensors(state: dict[str, Any], prefix: str = "") -> dict[str, torch.Te
     return tensors
 
 
-def _together(function: Callable[[], T]) -> list[T]:
-    """Every rank's result, by rank; a failure on any of them raises on all."""
-    try:
-        return hosts.together(function)
-    except hosts.RankError as error:
-        raise CheckpointError(str(error)) from error
-
-
-def _on_main(function: Callable[[], T]) -> T:
-    """Rank 0's result on every rank; its failure raises on all."""
-    return _together(lambda: function() if distributed.is_main() else None)[0]  # type: ignore[return-value]
-
-
 def _share(names: list[str]) -> list[str]:
     """This rank's part of the files to hash."""
     return names[distributed.rank() :: distributed.world_size()]
@@ -188,7 +188,7 @@ def _share(names: list[str]) -> list[str]:
 
 def _agreed_leaves(state: dict[str, Any]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Size and dtype by name, over all ranks; CheckpointError on all where they disagree."""
-    ranks = _together(lambda: _leaves(state))
+    ranks = hosts.together(lambda: _leaves(state))
     agreed = {name: leaf for leaves, _ in ranks for name, leaf in leaves.items()}
     for leaves, plain in ranks:
         if plain != ranks[0][1] or any(leaf != agreed[name] for name, leaf in leaves.items()):
@@ -253,10 +253,10 @@ def _digest(path: Path) -> dict[str, Any]:
 def _problems(path: Path) -> list[str]:
     """What is wrong with the checkpoint's files, by file; each rank hashes its share of them."""
     try:
-        files = _on_main(lambda: _read_manifest(path))
+        files = hosts.on_main(lambda: _read_manifest(path))
     except CheckpointError as error:
         return [str(error)]
-    parts = _together(
+    parts = hosts.together(
         lambda: {name: _problem(path / name, files[name]) for name in _share([*files])}
     )
     found = {name: problem for part in parts for name, problem in part.items()}

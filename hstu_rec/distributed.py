@@ -396,12 +396,3 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         dist.broadcast(tensor, src=0)
     return tensor
-
-
-def broadcast_text(text: str) -> str:
-    """Rank 0's `text` on every rank."""
-    if world_size() == 1:
-        return text
-    box: list[str] = [text]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

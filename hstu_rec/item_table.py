@@ -275,12 +275,17 @@ def sharding_plan(model: nn.Module, config: TableConfig, cluster: Cluster) -> An
         return planner.plan(model, _sharders())
     except PlannerError as error:
         reason = next(line for line in str(error).splitlines() if line.strip())
+        gib = table.num_items * table.dim * 4 / 2**30
+        advice = ["more ranks"]
+        advice += ["table.sharding=row_wise"] * (config.sharding != "row_wise")
+        is_device = config.kernel == "fused" and cluster.device_type == "cuda"
+        advice.append("table.kernel=uvm_caching" if is_device else "hosts with more memory")
         raise PlacementError(
-            f"TorchRec's planner finds no place for {table.num_items} rows of {table.dim} "
+            f"TorchRec's planner finds no place for {table.num_items} rows of {table.dim}, {gib:.4g} GiB "
             f"({config.sharding}, {config.kernel}) on {cluster.num_ranks} ranks of "
-            f"{cluster.device_bytes / 2**30:.1f} GiB on the device and {cluster.host_bytes / 2**30:.1f} "
+            f"{cluster.device_bytes / 2**30:.4g} GiB on the device and {cluster.host_bytes / 2**30:.1f} "
             f"GiB on the host, of which it leaves {RESERVED_FRACTION:.0%} to the rest: {reason.strip(' .')}; "
-            "give more ranks, table.sharding=row_wise, or on CUDA table.kernel=uvm_caching"
+            f"give {' or '.join(advice)}"
         ) from error
 
 

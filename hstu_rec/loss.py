@@ -57,6 +57,8 @@ class LossConfig:
         found = []
         if self.num_negatives < 1:
             found.append(f"num_negatives must be at least 1; got {self.num_negatives}")
+        if not self.frequency_power >= 0:
+            found.append(f"frequency_power must be at least 0; got {self.frequency_power}")
         if not self.temperature > 0:
             found.append(f"temperature must be above 0; got {self.temperature}")
         if self.use_logq and self.negatives == "all":

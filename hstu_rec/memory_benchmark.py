@@ -36,7 +36,7 @@ def measure_memory(config: PlannedRun, device: torch.device) -> Iterator[str]:
     gc.collect()
     before, peak_before = _held(device)
     held = _train(config, device)
-    measured = torch.tensor(held - max(before, 0), dtype=torch.float64)
+    measured = torch.tensor(held - before, dtype=torch.float64)
     plan = make_plan(config, cluster)
     estimated = plan.device_bytes
     yield f"before the model  {before / GIB:.3f} GiB, at most {peak_before / GIB:.3f}"

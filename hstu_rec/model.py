@@ -74,7 +74,7 @@ class NextItemModel(nn.Module):
         sent: SentIds | None = None,
         layout: JaggedLayout | None = None,
     ) -> tuple[Tensor, ...]:
-        """With `negatives`: (sum of this rank's losses,). Without: (queries [B, D], target vectors [B, D]).
+        """With `negatives`: (sum of this rank's losses,). Without: (queries [B, D], target rows [B, D]).
 
         `lookup` of the same batch and negatives, its ids `sent` to their owners and the encoder's `layout`
         are made here when they were not made ahead.
@@ -89,9 +89,9 @@ class NextItemModel(nn.Module):
             return (dense(gathered, batch, negatives, layout),)
         history, targets = gathered.split(lookup.counts)
         encoded = self._encoded(history, batch, layout)
-        # One query a user, at its newest event, and its target, both as they are scored.
+        # One query a user, at its newest event, as it is scored, and its target as it is in the table.
         newest = encoded[batch.offsets[1:] - 1]
-        return self.loss.query_vectors(newest), self.loss.item_vectors(targets)
+        return self.loss.query_vectors(newest), targets
 
     def dense(
         self,

@@ -10,7 +10,6 @@ Drawn rows travel to every rank, or queries to the ranks that own the rows: see 
 import warnings
 from dataclasses import replace
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from hstu_rec import distributed
 from hstu_rec.data.batch import SequenceBatch
+from hstu_rec.data.stream import Sequences
 from hstu_rec.loss import MIN_PROBABILITY, LossConfig, NegativeKind
 from hstu_rec.seen import seen_candidates, seen_targets
 from hstu_rec.softmax import Negatives
@@ -28,29 +28,10 @@ CHUNK_ITEMS = 2**22
 UNIFORM_SHARE = {"uniform": 1.0, "mixed": 0.5, "frequency": 0.0, "log_uniform": 0.0}
 
 
-class Catalogue(Protocol):
-    """What is drawn from; a Dataset is one."""
-
-    @property
-    def num_items(self) -> int:
-        """N."""
-        ...
-
-    @property
-    def train_counts(self) -> np.ndarray:
-        """int64 [N]: how often each item occurs in training."""
-        ...
-
-    @property
-    def items_by_count(self) -> np.ndarray:
-        """int64 [N]: the items by rising count."""
-        ...
-
-
 class CountGroups:
     """The items that occur equally often, by rising count."""
 
-    def __init__(self, catalogue: Catalogue) -> None:
+    def __init__(self, catalogue: Sequences) -> None:
         self._catalogue = catalogue
         parts = [
             np.unique(catalogue.train_counts[begin : begin + CHUNK_ITEMS], return_counts=True)
@@ -99,7 +80,7 @@ class CountGroups:
 class NegativeSampler:
     """Draws the negatives of a step from (seed, step) alone, but for those in the batch."""
 
-    def __init__(self, config: LossConfig, catalogue: Catalogue, seed: int) -> None:
+    def __init__(self, config: LossConfig, catalogue: Sequences, seed: int) -> None:
         self.config, self.num_items, self.seed = config, catalogue.num_items, seed
         self._catalogue = catalogue
         if config.negatives == "in_batch" and distributed.is_main():

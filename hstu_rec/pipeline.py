@@ -83,7 +83,7 @@ class InputPipeline:
         self._stream, self._sampler, self._device = stream, sampler, device
         self._model, self._table = model, table
         is_alone = sampler.config.negatives != "in_batch" or distributed.world_size() == 1
-        mean = stream.num_positions() / stream.num_steps(0) / distributed.world_size()
+        mean = stream.num_positions / stream.num_steps(0) / distributed.world_size()
         is_beside = device.type == "cuda" and is_alone and mean >= THREAD_EVENTS
         self._thread = ThreadPoolExecutor(1, "inputs") if is_beside else None
         # Few entries: those for places that do not come next are dropped, on every rank alike.

@@ -36,6 +36,10 @@ GIB = 2**30
 SPARE_FRACTION = 0.1
 # Items a piece of the sum over a popularity that falls; pieces grow with the rank.
 NUM_PIECES = 4096
+# Ranks that a plan is made for, at most: simulated one by one.
+MAX_RANKS = 2**14
+# Mean imbalance that is worth a word.
+LARGE_IMBALANCE = 1.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +96,8 @@ class PlannedRun(RunConfig):
             found.append(
                 f"world must be hosts x GPUs a host, like 8x8, each at least 1; got {self.world}"
             )
+        elif self.cluster().num_ranks > MAX_RANKS:
+            found.append(f"world must have at most {MAX_RANKS} ranks; got {self.world}")
         if not self.hbm > 0:
             found.append(f"hbm must be above 0, the GiB of a GPU; got {self.hbm}")
         if self.plan.min_length > self.encoder.max_history_len:
@@ -134,6 +140,7 @@ class Plan:
     traffic: dict[str, float]
     batches: Batches
     num_asked: int  # distinct items that a rank reads in a step
+    num_items: int
 
     @property
     def device_bytes(self) -> float:
@@ -165,8 +172,8 @@ def make_plan(config: PlannedRun, cluster: Cluster) -> Plan:
     kind = f"{config.table.sharding}, {config.table.kernel}"
     owners = sum(row > 0 for row in rows)
     sharding = f"{kind}: {owners} shards of {max(rows):,} rows or fewer"
-    traffic = traffic_bytes(config, sizes, cluster.num_ranks)
-    return Plan(sharding, device, host, traffic, batches, sizes.num_asked)
+    traffic = traffic_bytes(config, sizes, cluster)
+    return Plan(sharding, device, host, traffic, batches, sizes.num_asked, num_items)
 
 
 def rows_by_rank(config: PlannedRun, num_items: int, cluster: Cluster) -> list[int]:
@@ -261,14 +268,15 @@ def num_distinct(num_items: int, num_drawn: int, power: float | None) -> int:
     return round(float(-np.expm1(num_drawn * np.log1p(-share)) @ counts))
 
 
-def traffic_bytes(config: RunConfig, sizes: StepSizes, num_ranks: int) -> dict[str, float]:
+def traffic_bytes(config: RunConfig, sizes: StepSizes, cluster: Cluster) -> dict[str, float]:
     """Bytes that leave a rank in a step: all-to-all of ids, rows and gradients, and the all-reduce of dense
     gradients as a ring has it. Where candidates are divided queries travel too."""
+    num_ranks = cluster.num_ranks
     others = (num_ranks - 1) / num_ranks
-    bags = INT * NUM_BAGS["cuda"] * (num_ranks - 1)
+    bags = INT * NUM_BAGS[cluster.device_type] * (num_ranks - 1)
     vector = FLOAT * config.encoder.dim
     asked = sizes.num_asked
-    if sizes.is_divided:
+    if sizes.is_divided and config.table.sharding == "row_wise":
         asked -= sizes.num_negatives  # of its own rows
     traffic = {
         "ids": INT * asked * others + bags,
@@ -297,7 +305,9 @@ def report(config: PlannedRun) -> tuple[str, bool]:
     dense = traffic.pop("dense")
     power = config.plan.popularity_power
     ids = "all distinct" if power is None else f"popularity rank ** -{power}"
+    where = "plan.num_items" if config.plan.num_items else f"data.path {config.data.path}"
     lines = [
+        f"items       {plan.num_items:,} of {where}",
         f"ranks       {config.world}, {cluster.num_ranks} of {budget / GIB:.1f} GiB, {cluster.device_type}",
         f"sharding    {plan.sharding} of {config.encoder.dim}, {config.table.optimizer}",
         f"batch       {batches.num_events:,.0f} events a step, at most {batches.fullest.sum():,} a rank "
@@ -309,12 +319,31 @@ def report(config: PlannedRun) -> tuple[str, bool]:
         f"all-to-all  {sum(traffic.values()) / 1e6:.2f} MB leave a rank a step: {_listed(traffic, 1e6)}; "
         f"all-reduce {dense / 1e6:.2f} MB",
         f"imbalance   {batches.imbalance:.3f} in the mean of {config.plan.num_steps} steps, "
-        f"{batches.worst_imbalance:.3f} at worst (FLOPs of the slowest rank over the mean)",
-        "fits"
-        if fits
-        else "does not fit: give more ranks, smaller batches or table.kernel=uvm_caching",
+        f"{batches.worst_imbalance:.3f} at worst (FLOPs of the slowest rank over the mean)"
+        + _advice_on_balance(batches),
+        "fits" if fits else f"does not fit: {_advice(plan, usable, cluster)}",
     ]
     return "\n".join(lines), fits
+
+
+def _advice(plan: Plan, usable: float, cluster: Cluster) -> str:
+    """What would make a plan fit that does not."""
+    if sum(plan.host.values()) > cluster.host_bytes:
+        return "rows are more than the host's memory; give more ranks, or hosts with more (plan.host_gib)"
+    rows = plan.device["table"] + plan.device["row state"]
+    if rows < usable / 2:
+        return "give smaller batches or more ranks; rows are the smaller part"
+    is_cuda = cluster.device_type == "cuda"
+    return "give more ranks" + (" or table.kernel=uvm_caching" if is_cuda else "")
+
+
+def _advice_on_balance(batches: Batches) -> str:
+    if batches.imbalance < LARGE_IMBALANCE:
+        return ""
+    return (
+        f"; a rank has {len(batches.fullest)} histories: the batch is small for so many ranks, raise "
+        "data.batch_events or data.batch_users"
+    )
 
 
 def _listed(parts: dict[str, float], unit: float) -> str:

@@ -54,7 +54,7 @@ class Negatives:
 
     @property
     def is_divided(self) -> bool:
-        """True when the ranks' parts are disjoint and together the catalogue."""
+        """True when the ranks' parts are disjoint and together all candidates."""
         return self.largest_part > 0
 
     def to(self, device: torch.device) -> "Negatives":

@@ -17,7 +17,7 @@ from hstu_rec.config import RunConfig, leaves, load, save, to_yaml
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.item_map import keep_item_map
 from hstu_rec.data.known_best import best_recall
-from hstu_rec.data.stream import Sequences, open_dataset
+from hstu_rec.data.stream import Sequences, check_frequent, open_dataset
 from hstu_rec.data.synthetic import SyntheticDataset
 from hstu_rec.encoder_config import EncoderConfig
 from hstu_rec.evaluator import evaluate
@@ -63,9 +63,6 @@ def train(config: RunConfig) -> dict[str, Any]:
             former.check(config)
         check_graphs(config, device)
         hosts.make_shared(folder, "train.run_dir")
-        if distributed.is_main():
-            save(config, folder / "config.yaml")
-        distributed.barrier()
         with Tracker(folder, distributed.is_main()) as tracker:
             learner = Learner(config, dataset, device)
             tracker.say(_opening(config, dataset, learner, folder))
@@ -77,6 +74,8 @@ def train(config: RunConfig) -> dict[str, Any]:
                     hosts.on_main(lambda: keep_item_map(dataset.path, folder))
             else:
                 progress = _warm_start(former, learner, dataset, folder, tracker)
+            # Now that a checkpoint fits: those of a folder are of its configuration.
+            hosts.on_main(lambda: save(config, folder / "config.yaml"))
             if former is not None:
                 # What it begins with may stay the best.
                 _validate(config, learner, dataset, folder, tracker, progress)
@@ -116,6 +115,8 @@ def _opened(config: RunConfig, made_with: dict[str, str | None]) -> Sequences:
     datasets: list[Sequences] = []
     hosts.together(lambda: datasets.append(open_dataset(config.data)))
     (dataset,) = datasets
+    if least := config.eval.min_train_count:
+        hosts.together(lambda: check_frequent(dataset, least))
     hosts.check_alike(
         f"the data in data.path {dataset.path}",
         dataset.identity,
@@ -167,7 +168,7 @@ def _flops(config: RunConfig, learner: Learner, dataset: Sequences) -> tuple[flo
 def _speed(learner: Learner, flops: float, peak: float, spent_s: float) -> dict[str, float]:
     """Events a second of an epoch over all ranks; on CUDA also TFLOP/s, their share of what the devices'
     products reach, and the most GiB held by this rank's tensors so far."""
-    speed = {"events_per_s": learner.stream.num_positions() / spent_s}
+    speed = {"events_per_s": learner.stream.num_positions / spent_s}
     if peak:
         speed["tflop_per_s"] = flops / spent_s / 1e12
         speed["mfu"] = flops / spent_s / peak
@@ -299,12 +300,13 @@ def _warm_start(
 
 def _load(path: Path, learner: Learner, dataset: Sequences) -> Progress:
     """Fills the learner from a checkpoint. Raises ValueError when it was trained on other items."""
-    meta = checkpoint.load(path, learner.state())
-    if meta.get("items") != dataset.stats.get("item_map_hash"):
+    if checkpoint.read_meta(path).get("items") != dataset.stats.get("item_map_hash"):
         raise ValueError(
             f"{path} was trained on other items than {dataset.path} has, or on another order of "
-            "them; give the dataset folder that it was trained on as data.path"
+            "them; give the dataset folder that it was trained on as data.path, or begin another run "
+            f"with its rows: train.warm_start={path}"
         )
+    meta = checkpoint.load(path, learner.state())
     return Progress(**meta["progress"])
 
 
@@ -323,7 +325,7 @@ def _result(
     baselines = (
         baseline_metrics(dataset, "test", config.eval.ks) if config.eval.with_baselines else {}
     )
-    num_events = learner.stream.num_positions() * progress.epoch
+    num_events = learner.stream.num_positions * progress.epoch
     encoder = config.encoder
     return {
         "protocol": {
@@ -371,9 +373,9 @@ def _further(config: RunConfig, dataset: Sequences, test: dict[str, Any]) -> dic
         rows[f"model, {least}+ events"] = {part: test["frequent"][part] for part in PARTS}
     if isinstance(dataset, SyntheticDataset):
         for count in sorted({0, least}):
-            best = {k: best_recall(dataset, "test", k, count)["expected"] for k in config.eval.ks}
+            best = best_recall(dataset, "test", config.eval.ks, count)
             name = "best possible" + (f", {count}+ events" if count else "")
-            rows[name] = {"seen_allowed": {f"recall@{k}": value for k, value in best.items()}}
+            rows[name] = {"seen_allowed": {f"recall@{k}": one.expected for k, one in best.items()}}
     return rows
 
 
@@ -385,7 +387,7 @@ def _run_folder(config: RunConfig) -> Path:
     resume = config.train.resume
     hosts.together(lambda: _check_resume(resume))
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = Path(distributed.broadcast_text(config.train.run_dir or f"runs/{stamp}-{config.name}"))
+    folder = hosts.on_main(lambda: Path(config.train.run_dir or f"runs/{stamp}-{config.name}"))
     # Process 0 looks, because it also begins to write.
     hosts.on_main(lambda: _check_unused(folder, resume))
     return folder

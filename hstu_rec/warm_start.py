@@ -79,7 +79,7 @@ def former_run(given: str) -> FormerRun:
     is_step = checkpoint.STEP_NAME.fullmatch(path.name) is not None
     folder = path.parent.parent if is_step else path
 
-    def look() -> None:
+    def look() -> RunConfig:
         needed = [path, folder / "config.yaml", folder / ITEM_MAP]
         if missing := [str(one) for one in needed if not one.exists()]:
             raise ValueError(
@@ -87,10 +87,11 @@ def former_run(given: str) -> FormerRun:
                 f"apps/train.py leaves it with config.yaml, {ITEM_MAP} (the own ids of its rows) and "
                 "checkpoints, or RUN/checkpoints/step_<number>"
             )
+        return load(RunConfig, [str(folder / "config.yaml")])
 
-    hosts.on_main(look)
+    config = hosts.together(look)[distributed.rank()]
     found = path if is_step else checkpoint.resolve(folder / "checkpoints", "best")
-    return FormerRun(found, folder / ITEM_MAP, load(RunConfig, [str(folder / "config.yaml")]))
+    return FormerRun(found, folder / ITEM_MAP, config)
 
 
 def warm_start(former: FormerRun, learner: Learner, dataset: Dataset, folder: Path) -> WarmStart:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hstu_rec.data.dataset import EVENT_CHUNK_ROWS, FORMAT_VERSION, Dataset
+from hstu_rec.data.dataset import EVENT_CHUNK_ROWS, FORMAT_VERSION, Dataset, fingerprint
 
 
 def write_dataset(
@@ -57,7 +57,14 @@ def write_dataset(
     pq.write_table(pa.table({"item_id": ids, "index": index, **counts}), path / "items.parquet")
     stats = {"users": len(lengths), "items": num_items, "events": len(items)}
     (path / "stats.json").write_text(
-        json.dumps({"format_version": FORMAT_VERSION, "split": {"kind": "leave_one_out"}, **stats})
+        json.dumps(
+            {
+                "format_version": FORMAT_VERSION,
+                "split": {"kind": "leave_one_out"},
+                "parquet": fingerprint(path),
+                **stats,
+            }
+        )
     )
     return Dataset(path)
 

@@ -58,7 +58,7 @@ def test_parts_in_any_order_give_the_files_that_prepare_gives(
     found = check(path)
     for name in dataset.MAPPED:
         assert (path / name).read_bytes() == (wanted / name).read_bytes()
-    kept = set(found) - {"files", "prepare_s"}
+    kept = set(found) - {"files", "parquet", "prepare_s"}
     assert {name: found[name] for name in kept} == {name: stats[name] for name in kept}
     assert report(found).splitlines()[:-1] == report(stats).splitlines()[:-1]
     assert Dataset(path).item_ids.to_pylist() == Dataset(wanted).item_ids.to_pylist()
@@ -342,3 +342,24 @@ def test_the_app_checks_a_folder_and_tells_what_is_wrong(tmp_path: Path) -> None
     assert done.returncode == 2
     assert "index is outside 0..2" in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_parquet_files_written_anew_without_a_check_are_refused(tmp_path: Path) -> None:
+    path = portable(tmp_path / "d")
+    check(path)
+    Dataset(path)
+    items = pq.read_table(path / "items.parquet")
+    pq.write_table(items.take([2, 0, 1]), path / "items.parquet")
+    with pytest.raises(ValueError, match=f"make these again with: .*check={path}"):
+        Dataset(path)
+    check(path)
+    Dataset(path)
+
+
+def test_what_another_engine_wrote_is_not_overwritten(tmp_path: Path) -> None:
+    path = portable(tmp_path / "d")
+    check(path)
+    events = parquet(tmp_path, some_events())
+    with pytest.raises(ValueError, match=r"holds sequences\.parquet, .*does not remove it"):
+        prepare(PrepareConfig(overwrite=True), events, path)
+    assert (path / "sequences.parquet").exists()

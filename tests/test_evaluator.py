@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from hstu_rec import distributed, evaluator
 from hstu_rec.config import RunConfig, load
-from hstu_rec.data.stream import eval_batches
+from hstu_rec.data.dataset import Dataset
+from hstu_rec.data.stream import check_frequent, eval_batches
 from hstu_rec.evaluator import EvalConfig, ItemShard, Queries, rank_metrics, rank_targets
 from hstu_rec.item_table import local_shards
 from hstu_rec.learner import Learner
@@ -248,8 +249,11 @@ def test_figures_over_frequent_targets_leave_the_others_out(tmp_path):
 
 
 def test_a_count_that_no_target_reaches_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no test target occurs 99 times in training"):
-        evaluated(tmp_path, ["eval.min_train_count=99"])
+    path = tmp_path / "data"
+    write_dataset(path, [[0, 0, 0, 1, 0], [1, 2, 3, 1, 1]], num_items=4)
+    check_frequent(Dataset(path), 1)
+    with pytest.raises(ValueError, match=r"=2: no valid target .*, the most frequent 1 times"):
+        check_frequent(Dataset(path), 2)
 
 
 def test_metrics_of_known_ranks_are_these_fractions():

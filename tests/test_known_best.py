@@ -45,21 +45,21 @@ def test_it_is_that_of_a_ranking_of_all_items(
     data = made(num_users=150, num_items=40, rule_share=rule_share, zipf_exponent=1.1, seed=k)
     assert min_train_count == 0 or 0 < (data.train_counts >= min_train_count).sum() < 38
     for split in ("valid", "test"):
-        best = best_recall(data, split, k, min_train_count)
+        best = best_recall(data, split, [1, k, 30], min_train_count)[k]
         expected, realised, num_users = by_ranking_all(data, split, k, min_train_count)
-        assert best["expected"] == pytest.approx(expected)
-        assert (best["realised"], best["num_users"]) == (pytest.approx(realised), num_users)
+        assert best.expected == pytest.approx(expected)
+        assert (best.realised, best.num_users) == (pytest.approx(realised), num_users)
 
 
 @pytest.mark.parametrize("min_train_count", [0, 20])
 def test_what_is_expected_comes_true(min_train_count: int) -> None:
     data = made(num_users=40_000, num_items=30_000, rule_share=0.4)
-    best = best_recall(data, "test", 10, min_train_count)
-    deviation = np.sqrt(best["expected"] * (1 - best["expected"]) / best["num_users"])
-    assert abs(best["expected"] - best["realised"]) < 4 * deviation
-    assert min_train_count == 0 or best["num_users"] < 39_000
+    best = best_recall(data, "test", [10], min_train_count)[10]
+    deviation = np.sqrt(best.expected * (1 - best.expected) / best.num_users)
+    assert abs(best.expected - best.realised) < 4 * deviation
+    assert min_train_count == 0 or best.num_users < 39_000
 
 
 def test_targets_that_are_not_there_are_refused() -> None:
     with pytest.raises(ValueError, match="no valid target occurs 1000 times in training"):
-        best_recall(made(num_users=10), "valid", 10, 1000)
+        best_recall(made(num_users=10), "valid", [10], 1000)

@@ -223,7 +223,7 @@ def test_batches_too_large_do_not_fit_where_the_table_does():
         for events in (2**17, 2**21)
     )
     assert small[1] and small[0].endswith("\nfits")
-    assert not large[1] and "\ndoes not fit: give more ranks" in large[0]
+    assert not large[1] and "\ndoes not fit: give smaller batches" in large[0]
 
 
 def planner_choice(kernel, **options):

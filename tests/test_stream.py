@@ -242,8 +242,8 @@ def test_the_mean_of_positions_is_that_of_epochs(dataset, monkeypatch):
         sum(batch.num_targets_global for (batch,) in batches(stream, monkeypatch, epoch=epoch))
         for epoch in range(60)
     ]
-    assert stream.num_positions() == pytest.approx(np.mean(found), rel=0.02)
-    assert stream.num_positions() < 0.8 * stream_of(dataset, batch_users=7).num_positions()
+    assert stream.num_positions == pytest.approx(np.mean(found), rel=0.02)
+    assert stream.num_positions < 0.8 * stream_of(dataset, batch_users=7).num_positions
 
 
 @pytest.mark.parametrize("alpha", [-1.0, 1.0, 2.1])

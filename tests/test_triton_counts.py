@@ -112,3 +112,54 @@ def test_halves_leave_out_no_more_than_is_claimed(width, scale):
     exact = (queries.double() * scales[0]) @ (items.double() * scales[1]).T
     share = (kept - exact).abs() / (norms[0][:, None] * scales[0] * norms[1].max() * scales[1])
     assert 0 < share.max() <= 4 * 2.0**-22 < triton_counts.rounding(width)
+
+
+@pytest.mark.skipif(
+    DEVICE.type == "cpu", reason="the interpreter has no tensor cores, whose sums are tested"
+)
+@pytest.mark.parametrize("width", [1, 16, 33, 64, 128, 256])
+@pytest.mark.parametrize("kind", ["normal", "alternating", "one large"])
+def test_no_sum_of_tensor_cores_is_further_from_the_exact_one_than_is_claimed(width, kind):
+    queries, items = (
+        (normal(128, width).abs() + 0.5).cuda(),
+        (normal(256, width, seed=1).abs() + 0.5).cuda(),
+    )
+    if kind == "alternating":
+        items[:, ::2] *= -1
+    if kind == "one large":
+        items[:, 0] *= 2.0**10
+    norms = [torch.linalg.vector_norm(x.double(), dim=1) for x in (queries, items)]
+    scales = triton_counts.scale_of(norms[0]), triton_counts.scale_of(norms[1].max())
+    halves = [
+        triton_counts.halves(queries, scales[0][:, None]), triton_counts.halves(items, scales[1])
+    ]  # fmt: skip
+    exact = (queries.double() @ items.double().T) * scales[0][:, None] * scales[1]
+    reach = norms[0] * norms[1].max() * scales[0] * scales[1]
+    margin = (triton_counts.rounding(width) * reach)[:, None]
+    own = torch.full((128,), -1, dtype=torch.int32, device=DEVICE)
+    for item in range(0, 256, 5):
+        # A bound just beyond what rounding may do to this item's score.
+        one = [half[item : item + 1] for half in halves[1]]
+        for low, high, expected in (
+            (-torch.inf, exact - margin, 1),
+            (-torch.inf, exact + margin, 0),
+        ):
+            bound = high[:, item].float()
+            found = triton_counts.count_scores(
+                halves[0], one, torch.full_like(bound, low), bound, own
+            )
+            assert (found.num_above == expected).all()
+
+
+def test_few_scores_are_too_near_to_decide():
+    """So that it is the kernel's counts that the other tests hold."""
+    items, vectors = normal(3000, 64), normal(20, 64, seed=1)
+    exact = (vectors.double() * items[:20].double()).sum(1)
+    reach = (
+        torch.linalg.vector_norm(vectors.double(), dim=1)
+        * torch.linalg.vector_norm(items.double(), dim=1).max()
+    )
+    low, high = evaluator._certain_bounds(exact, reach, triton_counts.rounding(64))
+    scores = vectors.double() @ items.double().T
+    near = (scores >= low[:, None]) & (scores <= high[:, None])
+    assert near.sum(1).max() < 10

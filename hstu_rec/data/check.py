@@ -85,6 +85,7 @@ def check(
             connection.register("users", users)
         with stages.stage("events"):
             _refuse(path, _mapped_problems(path, connection, users, stats))
+        dataset.check_fingerprint(path, stats)
     return stats
 
 
@@ -119,7 +120,8 @@ def _make(
             "dropped": {},
             "time_unit": "s",
             "split": {"kind": "given" if has_ends else "leave_one_out"},
-            "files": [file.name for file in specification.parts(path / SEQUENCES)],
+            "files": [file.name for file in dataset.parts(path / SEQUENCES)],
+            "parquet": dataset.fingerprint(path),
             "prepare_s": round(time.perf_counter() - began, 3),
         }
         write_stats(stats, work)

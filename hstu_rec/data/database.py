@@ -4,6 +4,7 @@ Whatever does not fit into the limit is spilled into the same folder.
 """
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,11 @@ MEMORY_LIMIT = "50%"
 
 @contextmanager
 def database(folder: Path, memory_limit: str = MEMORY_LIMIT) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A new database in `folder`; its files are gone when the block ends.
+    """A new database; its files are in `folder`, and gone when the block ends.
 
     Raises ValueError for a limit that is no size, or too small for what the block does.
     """
-    work = folder / "work"
-    work.mkdir()
+    work = Path(tempfile.mkdtemp(dir=folder, prefix="duckdb-"))
     settings: dict[str, Any] = {
         "temp_directory": str(work / "spill"),
         "memory_limit": memory_limit,

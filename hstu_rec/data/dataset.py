@@ -11,7 +11,9 @@ events.arrow    user after user    item | timestamp        (record batches of 2*
   train_end--^  ^--valid_end
 """
 
+import hashlib
 import json
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,38 @@ FORMAT_VERSION = 2
 EVENT_CHUNK_ROWS = 2**22
 ITEMS, SEQUENCES = "items.parquet", "sequences.parquet"
 MAPPED = ("counts.arrow", "users.arrow", "events.arrow")
+MAX_ITEMS = 2**31 - 1
+# Of a parquet file, what its fingerprint is of.
+END_BYTES = 2**16
 FILES = (ITEMS, *MAPPED, "stats.json")
+
+
+def parts(path: Path) -> list[Path]:
+    """The parquet files of a file or a folder, sorted; as Spark leaves them, also in subfolders."""
+    if path.is_file():
+        return [path]
+    return sorted(
+        found
+        for found in path.rglob("*.parquet")
+        if found.is_file()
+        and not any(name.startswith((".", "_")) for name in found.relative_to(path).parts)
+    )
+
+
+def fingerprint(path: Path) -> dict[str, str]:
+    """Size and SHA-256 of the end of each of a dataset folder's parquet files, by name.
+
+    Its end holds a parquet file's table of contents, with statistics: read in no time, and other for other
+    rows, in all likelihood.
+    """
+    found = {}
+    for file in [*parts(path / ITEMS), *parts(path / SEQUENCES)]:
+        with file.open("rb") as content:
+            size = content.seek(0, os.SEEK_END)
+            content.seek(max(size - END_BYTES, 0))
+            digest = hashlib.sha256(content.read()).hexdigest()
+        found[str(file.relative_to(path))] = f"{size} {digest}"
+    return found
 
 
 def read_stats(path: Path) -> dict[str, Any]:
@@ -59,6 +92,16 @@ def read_stats(path: Path) -> dict[str, Any]:
     return stats
 
 
+def check_fingerprint(path: Path, stats: dict[str, Any]) -> None:
+    """Raises ValueError when parquet files are others than those that stats.json was made with."""
+    if fingerprint(path) != stats["parquet"]:
+        how = f"check={path}" if (path / SEQUENCES).exists() else f"INPUT {path} overwrite=true"
+        raise ValueError(
+            f"{path}: its parquet files are not those that the mapped files were made with; make these "
+            f"again with: python apps/prepare.py {how}"
+        )
+
+
 class Dataset:
     """Users' event sequences of one prepared folder.
 
@@ -66,12 +109,14 @@ class Dataset:
     indices of items by rising train count, ties by index. starts, lengths, train_ends, valid_ends:
     int64 [users]. All of them, and the events, are views of mapped files.
 
-    Raises FileNotFoundError when `path` is no dataset folder, ValueError when another version wrote it.
+    Raises FileNotFoundError when `path` is no dataset folder, ValueError when another version wrote it, or
+    its parquet files have changed since.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.stats = read_stats(self.path)
+        check_fingerprint(self.path, self.stats)
         users = open_arrow(self.path / "users.arrow")
         self._user_ids = users.column("user_id")
         self.starts, self.lengths, self.train_ends, self.valid_ends = (
@@ -111,7 +156,8 @@ class Dataset:
     @cached_property
     def item_ids(self) -> pa.ChunkedArray:
         """Own id of every item, by index; read from items.parquet, into memory."""
-        items = pq.read_table(self.path / ITEMS, columns=["item_id", "index"])
+        files = [pq.ParquetFile(part) for part in parts(self.path / ITEMS)]
+        items = pa.concat_tables([file.read(columns=["item_id", "index"]) for file in files])
         index = items.column("index").to_numpy()
         if (index == np.arange(len(index))).all():
             return items.column("item_id")

@@ -14,8 +14,7 @@ import duckdb
 
 from hstu_rec.data.clean import Cleaned
 from hstu_rec.data.database import row, scalar
-
-MAX_ITEMS = 2**31 - 1
+from hstu_rec.data.dataset import MAX_ITEMS
 
 
 def number(connection: duckdb.DuckDBPyConnection, cleaned: Cleaned) -> None:

@@ -4,22 +4,17 @@ RUN/items.parquet holds item_id | index, by index: the dataset may be prepared a
 """
 
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hstu_rec.data.database import database
-from hstu_rec.data.dataset import ITEMS
+from hstu_rec.data.dataset import ITEMS, parts
 from hstu_rec.data.folder import hash_items
 from hstu_rec.data.sources import quoted
-from hstu_rec.data.specification import parts
 
 ITEM_MAP = "items.parquet"
 # What the join of own ids may take; beyond it DuckDB works on disk.
@@ -40,7 +35,7 @@ def keep_item_map(dataset: Path, folder: Path) -> None:
     """Copies the dataset's map into `folder`, complete or not at all."""
     partial = folder / f"{ITEM_MAP}.tmp"
     files = ", ".join(quoted(file) for file in parts(dataset / ITEMS))
-    with _duckdb(folder) as connection:
+    with database(folder, MEMORY_LIMIT) as connection:
         connection.execute(
             f"COPY (SELECT item_id, index FROM read_parquet([{files}], hive_partitioning=false) "
             f"ORDER BY index) TO {quoted(partial)} (FORMAT parquet, COMPRESSION zstd)"
@@ -72,7 +67,7 @@ def match_items(former: Path, now: Path, output: Path) -> MatchedItems:
         f"LEFT JOIN read_parquet({quoted(former)}) f ON n.item_id = f.item_id"
     )
     num_rows = num_known = 0
-    with _duckdb(output.parent) as connection:
+    with database(output.parent, MEMORY_LIMIT) as connection:
         connection.execute("SET preserve_insertion_order = false")
         for batch in connection.sql(query).to_arrow_reader(BATCH_ROWS):
             rows, before = (batch.column(name).to_numpy() for name in ("now", "former"))
@@ -83,16 +78,6 @@ def match_items(former: Path, now: Path, output: Path) -> MatchedItems:
         raise ValueError(f"{former} or {now} names an item twice; prepare the dataset again")
     matched.flush()
     return MatchedItems(num_known, num_items - num_known, num_former - num_known)
-
-
-@contextmanager
-def _duckdb(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """DuckDB within MEMORY_LIMIT, that spills into `folder`."""
-    with (
-        tempfile.TemporaryDirectory(dir=folder, prefix="match-") as work,
-        database(Path(work), MEMORY_LIMIT) as connection,
-    ):
-        yield connection
 
 
 def _kind(path: Path) -> str:

@@ -9,6 +9,7 @@ successor and the k - 1 most popular others. Over the targets that occur at leas
 training, what does not occur so often is no candidate, and probabilities are given that.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,38 +20,45 @@ from hstu_rec.data.synthetic import SyntheticConfig, SyntheticDataset
 BLOCK = 2**22
 
 
-def best_recall(
-    dataset: SyntheticDataset, split: Split, k: int, min_train_count: int = 0
-) -> dict[str, float]:
-    """{"expected", "realised", "num_users"}: the mean probability that the best k items hold the target, the
-    share of these targets that they do hold, and over how many users.
+@dataclass(frozen=True)
+class BestRecall:
+    """Of the best k items."""
 
-    Raises ValueError when no target occurs so often.
-    """
-    candidates = _candidates(dataset, k, min_train_count)
+    expected: float
+    """Mean probability that they hold the target."""
+    realised: float
+    """Share of these targets that they do hold."""
+    num_users: int
+    """Over how many."""
+
+
+def best_recall(
+    dataset: SyntheticDataset, split: Split, ks: Sequence[int], min_train_count: int = 0
+) -> dict[int, BestRecall]:
+    """The best possible Recall@k by k. Raises ValueError when no target occurs so often."""
+    candidates = _candidates(dataset, max(ks), min_train_count)
     ends = dataset.train_ends if split == "valid" else dataset.valid_ends
-    expected, hits, num_users = 0.0, 0, 0
+    expected, hits, num_users = dict.fromkeys(ks, 0.0), dict.fromkeys(ks, 0), 0
     for users in dataset.chunks():
         end = ends[users]
         pairs = dataset.gather(users, end - 1, end + 1)[0].reshape(-1, 2)
         if min_train_count:
             pairs = pairs[dataset.train_counts[pairs[:, 1]] >= min_train_count]
-        probability, is_hit = _of_best(dataset, candidates, pairs, k)
-        expected += float(probability.sum())
-        hits += int(is_hit.sum())
+        for k in expected:
+            probability, is_hit = _of_best(dataset, candidates, pairs, k)
+            expected[k] += float(probability.sum())
+            hits[k] += int(is_hit.sum())
         num_users += len(pairs)
     if not num_users:
         raise ValueError(f"no {split} target occurs {min_train_count} times in training; lower it")
     return {
-        "expected": expected / num_users,
-        "realised": hits / num_users,
-        "num_users": num_users,
+        k: BestRecall(expected[k] / num_users, hits[k] / num_users, num_users) for k in expected
     }
 
 
 def best_catalogue_recall(config: SyntheticConfig, k: int) -> dict[str, float]:
     """Expected Recall@k, seen items allowed, of users' last events for who knows rule and popularity."""
-    return {"the rule": best_recall(SyntheticDataset(config), "test", k)["expected"]}
+    return {"the rule": best_recall(SyntheticDataset(config), "test", [k])[k].expected}
 
 
 @dataclass(frozen=True)

@@ -192,6 +192,7 @@ def _make(
         "time_unit": cleaned.time_unit,
         "split": {"kind": config.split} | split,
         "files": [path.name for path in files],
+        "parquet": dataset.fingerprint(folder),
         "config": asdict(config),
     }
 
@@ -241,6 +242,11 @@ def _refuse_existing(output: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"{output} is already there; choose another folder or set overwrite=true")
+    if (output / dataset.SEQUENCES).exists():
+        raise ValueError(
+            f"{output} holds {dataset.SEQUENCES}, which another engine wrote, so overwrite=true does not "
+            "remove it; choose another folder"
+        )
     if not (output / "stats.json").is_file():
         raise ValueError(
             f"{output} is no dataset, so overwrite=true does not remove it; choose another folder"

@@ -164,7 +164,8 @@ def stage(
             if isinstance(error, (duckdb.OutOfMemoryException, FileNotFoundError)):
                 raise
             raise ValueError(
-                f"{path}: cannot be read: {_brief(error)}; copy or write the file again"
+                f"{path}: cannot be read: {_brief(error)}; write the file again, or leave malformed "
+                "lines out with bad_rows=drop"
             ) from error
         types = types or found
     return Staged(files=files, columns=columns, types=types, num_malformed=num_malformed)

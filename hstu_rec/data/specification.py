@@ -15,8 +15,8 @@ import duckdb
 
 from hstu_rec.data.clean import LATEST_S
 from hstu_rec.data.database import quoted, scalar
-from hstu_rec.data.dataset import ITEMS, SEQUENCES
-from hstu_rec.data.events import MAX_ITEMS, leave_one_out
+from hstu_rec.data.dataset import ITEMS, MAX_ITEMS, SEQUENCES, parts
+from hstu_rec.data.events import leave_one_out
 
 INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER")
 IDS = ("BIGINT", "VARCHAR")
@@ -44,18 +44,6 @@ class Rule:
     """The same in words, after "where"."""
     advice: str
     """What to do."""
-
-
-def parts(path: Path) -> list[Path]:
-    """The parquet files of a file or a folder, sorted; as Spark leaves them, also in subfolders."""
-    if path.is_file():
-        return [path]
-    return sorted(
-        found
-        for found in path.rglob("*.parquet")
-        if found.is_file()
-        and not any(name.startswith((".", "_")) for name in found.relative_to(path).parts)
-    )
 
 
 def open_rows(connection: duckdb.DuckDBPyConnection, folder: Path, name: str) -> list[str]:

@@ -10,7 +10,7 @@
 import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -29,6 +29,8 @@ from hstu_rec.data.stochastic_length import (
 from hstu_rec.data.synthetic import SYNTHETIC, SyntheticConfig, SyntheticDataset
 
 Split = Literal["valid", "test"]
+# Users whose targets are read together.
+CHUNK_USERS = 2**20
 # What training and evaluation read: of the same interface, one prepared, the other made on the fly.
 Sequences = Dataset | SyntheticDataset
 
@@ -142,6 +144,7 @@ class TrainStream:
         short = np.minimum(lengths, short_length(self.max_history_len, alpha))
         return share * lengths + (1 - share) * short
 
+    @cached_property
     def num_positions(self) -> int:
         """Trained positions of an epoch, over all ranks; with stochastic length in the mean."""
         return round(self.mean_lengths().sum())
@@ -215,12 +218,10 @@ class EvalBatch:
     seen_offsets: torch.Tensor
 
 
-def eval_batches(
-    dataset: Sequences, split: Split, max_history_len: int, batch_users: int
-) -> Iterator[EvalBatch]:
-    """This rank's queries, as many batches on every rank (the last ones may be empty).
+def eval_users(dataset: Sequences, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [Q] users with a history and a target of `split`, and int64 [Q] where the target is in it.
 
-    Validation histories end before the validation item; test histories include it.
+    Raises ValueError when there is none.
     """
     ends = dataset.train_ends if split == "valid" else dataset.valid_ends
     limits = dataset.valid_ends if split == "valid" else dataset.lengths
@@ -229,11 +230,40 @@ def eval_batches(
         raise ValueError(
             f"{dataset.path}: no user has a {split} target; check the split of prepare"
         )
-    mine = np.array_split(users, distributed.world_size())[distributed.rank()]
+    return users, ends[users]
+
+
+def check_frequent(dataset: Sequences, least: int) -> None:
+    """Raises ValueError unless targets of validation and of test occur `least` times in training."""
+    splits: tuple[Split, ...] = ("valid", "test")
+    for split in splits:
+        users, ends = eval_users(dataset, split)
+        most = 0
+        for begin in range(0, len(users), CHUNK_USERS):
+            part = slice(begin, begin + CHUNK_USERS)
+            targets, _, _ = dataset.gather(users[part], ends[part], ends[part] + 1)
+            most = max(most, int(dataset.train_counts[targets].max()))
+        if most < least:
+            raise ValueError(
+                f"eval.min_train_count={least}: no {split} target occurs so often in training, the most "
+                f"frequent {most} times; give less"
+            )
+
+
+def eval_batches(
+    dataset: Sequences, split: Split, max_history_len: int, batch_users: int
+) -> Iterator[EvalBatch]:
+    """This rank's queries, as many batches on every rank (the last ones may be empty).
+
+    Validation histories end before the validation item; test histories include it.
+    """
+    users, target_places = eval_users(dataset, split)
+    ranks, rank = distributed.world_size(), distributed.rank()
+    mine, ends = (np.array_split(one, ranks)[rank] for one in (users, target_places))
     longest = -(-len(users) // distributed.world_size())
     for start in range(0, longest, batch_users):
         chosen = mine[start : start + batch_users]
-        end = ends[chosen]
+        end = ends[start : start + batch_users]
         begin = np.maximum(end - max_history_len, 0)
         items, times, offsets = dataset.gather(chosen, begin, end)
         targets, target_times, _ = dataset.gather(chosen, end, end + 1)

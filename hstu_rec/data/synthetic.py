@@ -23,8 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from hstu_rec.data.dataset import MAX_ITEMS
 from hstu_rec.data.hashes import mixed, stream, uniform
-from hstu_rec.data.zipf_catalogue import MAX_ITEMS, PowerLaw, ZipfCatalogue
+from hstu_rec.data.zipf_catalogue import PowerLaw, ZipfCatalogue
 
 SYNTHETIC = "synthetic"
 MAX_LENGTH = 2**24
@@ -164,26 +165,18 @@ class SyntheticDataset:
         has_names = self.config.own_ids == "string"
         return names("u", users, self.num_users) if has_names else pa.array(users)
 
-    @property
+    @cached_property
     def train_counts(self) -> np.ndarray:
         """int64 [N]: events of each item in the training part. All histories are made for it, once."""
-        return self._train_counts
-
-    @cached_property
-    def _train_counts(self) -> np.ndarray:
         counts = np.zeros(self.num_items, dtype=np.int64)
         for users in self.chunks():
             items, _, _ = self.gather(users, np.zeros_like(users), self.train_ends[users])
             np.add.at(counts, items, 1)
         return counts
 
-    @property
+    @cached_property
     def items_by_count(self) -> np.ndarray:
         """int64 [N]: items by rising count in the training part, equal ones by index."""
-        return self._items_by_count
-
-    @cached_property
-    def _items_by_count(self) -> np.ndarray:
         return np.argsort(self.train_counts, kind="stable")
 
     def train_time_range(self) -> tuple[int, int]:

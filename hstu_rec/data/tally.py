@@ -42,8 +42,9 @@ class Tally:
         num_here = np.diff(ends, prepend=begin)
         train_ends = self._ends[users] - self._train_lengths[users]
         is_train = np.arange(begin, end) < np.repeat(train_ends, num_here)
-        self.counts += np.bincount(items, minlength=len(self.counts))
-        self.train_counts += np.bincount(items[is_train], minlength=len(self.counts))
+        # Not bincount, which would be of the catalogue's length each time.
+        np.add.at(self.counts, items, 1)
+        np.add.at(self.train_counts, items[is_train], 1)
         is_first = np.zeros(len(items), dtype=bool)
         is_first[ends[:-1] - begin] = True
         is_first[0] = begin == 0 or begin == self._ends[max(low - 1, 0)]

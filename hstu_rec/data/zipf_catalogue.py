@@ -12,8 +12,6 @@ import numpy as np
 
 from hstu_rec.data.hashes import mixed, stream, uniform
 
-MAX_ITEMS = 2**31 - 1
-
 
 @dataclass(frozen=True)
 class PowerLaw:
