@@ -94,7 +94,7 @@ def read_stats(path: Path) -> dict[str, Any]:
 
 def check_fingerprint(path: Path, stats: dict[str, Any]) -> None:
     """Raises ValueError when parquet files are others than those that stats.json was made with."""
-    if fingerprint(path) != stats["parquet"]:
+    if fingerprint(path) != stats.get("parquet"):
         how = f"check={path}" if (path / SEQUENCES).exists() else f"INPUT {path} overwrite=true"
         raise ValueError(
             f"{path}: its parquet files are not those that the mapped files were made with; make these "
