@@ -16,16 +16,16 @@ recipes with several seeds, in processes that it launches, but for runs that are
 import sys
 from typing import Any
 
-from hstu_rec.attention_benchmark import AttentionTimes, attention_times
-from hstu_rec.attention_tuning import OptionTimes, option_times
-from hstu_rec.benchmark import compare_steps, figures_by_epoch, print_lines, time_epochs
+from hstu_rec.benchmarks.attention import AttentionTimes, attention_times
+from hstu_rec.benchmarks.attention_tuning import OptionTimes, option_times
+from hstu_rec.benchmarks.encoder import EncoderTimes, encoder_times
+from hstu_rec.benchmarks.loss import LossTimes, loss_times
+from hstu_rec.benchmarks.memory import measure_memory
+from hstu_rec.benchmarks.ranking import RankingTimes, ranking_times
+from hstu_rec.benchmarks.steps import compare_steps, figures_by_epoch, print_lines, time_epochs
 from hstu_rec.config import RunConfig, help_text, run_app
-from hstu_rec.encoder_benchmark import EncoderTimes, encoder_times
-from hstu_rec.loss_benchmark import LossTimes, loss_times
-from hstu_rec.memory_benchmark import measure_memory
 from hstu_rec.planning import PlannedRun
 from hstu_rec.quality import QualitySettings, quality
-from hstu_rec.ranking_benchmark import RankingTimes, ranking_times
 
 MEASURES: dict[str, tuple[Any, Any]] = {
     "step": (RunConfig, compare_steps),

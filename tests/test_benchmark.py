@@ -6,19 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from hstu_rec import distributed, ranking_benchmark
-from hstu_rec.attention_benchmark import AttentionTimes, attention_times
-from hstu_rec.attention_forms import FORMS, Batch, Shape, padded
-from hstu_rec.attention_tuning import OptionTimes, option_times
-from hstu_rec.benchmark import PaddedStream, compare_steps, figures_by_epoch, hold_scores
+from hstu_rec import distributed
+from hstu_rec.benchmarks import ranking
+from hstu_rec.benchmarks.attention import AttentionTimes, attention_times
+from hstu_rec.benchmarks.attention_forms import FORMS, Batch, Shape, padded
+from hstu_rec.benchmarks.attention_tuning import OptionTimes, option_times
+from hstu_rec.benchmarks.encoder import EncoderTimes, encoder_of, encoder_times, training_work
+from hstu_rec.benchmarks.loss import LossTimes, loss_times, own_loss, plain_loss
+from hstu_rec.benchmarks.ranking import RankingTimes, ranking_times
+from hstu_rec.benchmarks.steps import PaddedStream, compare_steps, figures_by_epoch, hold_scores
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.dataset import Dataset
-from hstu_rec.encoder_benchmark import EncoderTimes, encoder_of, encoder_times, training_work
 from hstu_rec.evaluator import rank_targets
 from hstu_rec.learner import Learner
-from hstu_rec.loss_benchmark import LossTimes, loss_times, own_loss, plain_loss
 from hstu_rec.ops import jagged_attention_reference
-from hstu_rec.ranking_benchmark import RankingTimes, ranking_times
 from hstu_rec.trainer import train
 from tests.datasets import write_dataset
 
@@ -241,7 +242,7 @@ def test_a_wrong_rank_is_not_timed(monkeypatch):
         allowed, masked = rank_targets(queries, shard, chunk_items)
         return allowed, masked - 1
 
-    monkeypatch.setattr(ranking_benchmark, "rank_targets", too_low)
+    monkeypatch.setattr(ranking, "rank_targets", too_low)
     config = RankingTimes(num_queries=20, num_items=50, dim=4, num_seen=3, repeats=1)
     with pytest.raises(ArithmeticError, match="16 ranks differ from those counted in float64"):
         list(ranking_times(config, CPU))

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hstu_rec.attention_benchmark import AttentionTimes, median_s
-from hstu_rec.attention_forms import Shape
+from hstu_rec.benchmarks.attention import AttentionTimes
+from hstu_rec.benchmarks.attention_forms import Shape
+from hstu_rec.benchmarks.timing import median_s
 from hstu_rec.ops import NUM_TIME_BUCKETS
 from hstu_rec.ops.triton_layout import block_layout
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hstu_rec import distributed
-from hstu_rec.attention_benchmark import median_s, peak_gib
-from hstu_rec.attention_forms import PaddedLayout, Shape
+from hstu_rec.benchmarks.attention_forms import PaddedLayout, Shape
+from hstu_rec.benchmarks.timing import median_s, peak_gib
 from hstu_rec.encoder import HSTUEncoder
 from hstu_rec.encoder_config import EncoderConfig
 from hstu_rec.flops import encoder_flops, peak_flops

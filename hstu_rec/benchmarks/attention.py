@@ -4,8 +4,6 @@ FLOPs are those of the pairs that are seen: forward 2 d H sum(L^2), backward 2.5
 """
 
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,13 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from hstu_rec.attention_forms import FORMS, Attention, Batch, Shape, Unavailable
+from hstu_rec.benchmarks.attention_forms import FORMS, Attention, Batch, Shape, Unavailable
+from hstu_rec.benchmarks.timing import median_s, peak_gib
 
 BACKWARD_FLOPS = 2.5
-NUM_WARM_UP = 3
-# Some milliseconds of the device, which outlast the launches of what is timed.
-SLEEP_CYCLES = 4_000_000
-GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,36 +123,3 @@ def _cost(make: Callable[[], Attention], repeats: int, device: torch.device) -> 
 
     gib = peak_gib(both, device)
     return Cost(median_s(forward, repeats, device), median_s(both, repeats, device), gib)
-
-
-def peak_gib(work: Callable[[], object], device: torch.device) -> float:
-    """GiB of the device beyond what is there before; nan on CPU, which does not tell."""
-    if device.type != "cuda":
-        return math.nan
-    work()  # what is allocated once, for a library's own use or to compile, is not counted
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    work()
-    return (torch.cuda.max_memory_allocated() - before) / GIB
-
-
-def median_s(work: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Median seconds of `work` on the device."""
-    times = []
-    for turn in range(NUM_WARM_UP + repeats):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # The host is ahead by the time that the device begins: its own time is no part of the figure.
-            torch.cuda._sleep(SLEEP_CYCLES)
-            begin.record()
-            work()
-            end.record()
-            torch.cuda.synchronize()
-            spent = begin.elapsed_time(end) / 1e3
-        else:
-            began_at = time.perf_counter()
-            work()
-            spent = time.perf_counter() - began_at
-        if turn >= NUM_WARM_UP:
-            times.append(spent)
-    return statistics.median(times)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu_rec import distributed
-from hstu_rec.attention_benchmark import median_s, peak_gib
+from hstu_rec.benchmarks.timing import median_s, peak_gib
 from hstu_rec.evaluator import EvalConfig, ItemShard, Queries, rank_targets
 
 # (items, width) that are ranked unless told.

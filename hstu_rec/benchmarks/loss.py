@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hstu_rec import distributed
-from hstu_rec.attention_benchmark import median_s, peak_gib
+from hstu_rec.benchmarks.timing import median_s, peak_gib
 from hstu_rec.loss import LossConfig, SampledSoftmax
 from hstu_rec.softmax import Negatives
 

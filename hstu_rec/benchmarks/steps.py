@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hstu_rec import distributed
-from hstu_rec.attention_forms import PaddedLayout
+from hstu_rec.benchmarks.attention_forms import PaddedLayout
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.data.stream import TrainStream, open_dataset
