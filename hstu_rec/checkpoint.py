@@ -79,8 +79,7 @@ def load(
     touched, when a file is damaged or when keys, shapes or dtypes of `state` differ from what was
     saved: an optimizer whose state is still empty would otherwise load nothing without a word.
     """
-    if not hosts.on_main(path.is_dir):
-        raise CheckpointError(f"there is no checkpoint {path}; give the folder of a step")
+    _check_there(path)
     if problems := _problems(path):
         raise CheckpointError(f"{path} is damaged: " + "; ".join(problems))
     reader = FileSystemReader(path)
@@ -98,8 +97,7 @@ def load(
 
 def read_meta(path: Path) -> dict[str, Any]:
     """The meta of a checkpoint. Raises CheckpointError when there is none, or it is damaged."""
-    if not hosts.on_main(path.is_dir):
-        raise CheckpointError(f"there is no checkpoint {path}; give the folder of a step")
+    _check_there(path)
 
     def read() -> dict[str, Any]:
         try:
@@ -108,6 +106,11 @@ def read_meta(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} is damaged: {META}: {error}") from error
 
     return hosts.on_main(read)
+
+
+def _check_there(path: Path) -> None:
+    if not hosts.on_main(path.is_dir):
+        raise CheckpointError(f"there is no checkpoint {path}; give the folder of a step")
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:

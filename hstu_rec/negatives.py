@@ -96,8 +96,11 @@ class NegativeSampler:
         return CountGroups(self._catalogue)
 
     @cached_property
-    def _probabilities(self) -> np.ndarray:
-        return self._groups.probabilities(self.config.negatives, self.config.frequency_power)
+    def _log_q_of_groups(self) -> np.ndarray:
+        """float64 [G]"""
+        config = self.config
+        drawn = self._groups.probabilities(config.negatives, config.frequency_power)
+        return np.log(np.maximum(drawn, MIN_PROBABILITY))
 
     def draw(self, step: int, batch: SequenceBatch) -> Negatives:
         """Candidates of `step` for this rank's part of a batch, on CPU; collective for in_batch."""
@@ -129,8 +132,8 @@ class NegativeSampler:
         """float32 [n]: log of the probability that one draw is each item, int64 [n]."""
         if self.config.negatives == "uniform":
             return torch.full((len(ids),), -float(np.log(self.num_items)))
-        of_groups = np.log(np.maximum(self._probabilities, MIN_PROBABILITY))
-        return torch.from_numpy(of_groups[self._groups.of_items(ids.numpy())]).float()
+        groups = self._groups.of_items(ids.numpy())
+        return torch.from_numpy(self._log_q_of_groups[groups]).float()
 
     def _drawn(self, step: int) -> np.ndarray:
         """int64 [num_negatives] of all ranks, with repeats."""

@@ -15,7 +15,7 @@ from torch import nn
 from hstu_rec import distributed
 from hstu_rec.config import RunConfig
 from hstu_rec.data.stochastic_length import cut_lengths
-from hstu_rec.data.stream import deal, open_dataset
+from hstu_rec.data.stream import DataConfig, deal, imbalance_of, open_dataset
 from hstu_rec.data.synthetic import SyntheticConfig, SyntheticDataset
 from hstu_rec.flops import history_flops
 from hstu_rec.item_table import NUM_BAGS, Cluster, ItemTable, PlacementError, sharding_plan
@@ -198,7 +198,7 @@ def made_dataset(config: PlannedRun, num_steps: int) -> SyntheticDataset:
     possible = np.arange(least, longest + 1)
     weights = possible.astype(np.float64) ** -config.plan.length_power
     mean = possible @ weights / weights.sum()
-    num_users = data.batch_users or 2 * int(data.batch_events / mean) + 1
+    num_users = _enough_users(data, mean)
     # Of a user's events the first is no target, and the last two are those of validation and test.
     return SyntheticDataset(
         SyntheticConfig(
@@ -214,6 +214,11 @@ def made_dataset(config: PlannedRun, num_steps: int) -> SyntheticDataset:
     )
 
 
+def _enough_users(data: DataConfig, mean_length: float) -> int:
+    """Users of a step, or more than its events are likely to be of."""
+    return data.batch_users or 2 * int(data.batch_events / mean_length) + 1
+
+
 def simulate(config: PlannedRun, lengths: np.ndarray, num_items: int, num_ranks: int) -> Batches:
     """Batches of users drawn from `lengths`, dealt to the ranks by their FLOPs."""
     data, longest = config.data, config.encoder.max_history_len
@@ -221,7 +226,7 @@ def simulate(config: PlannedRun, lengths: np.ndarray, num_items: int, num_ranks:
     lengths = np.minimum(lengths[lengths > 0], longest)
     possible = np.arange(longest + 1)
     costs = history_flops(config.encoder, config.loss, num_items, possible)
-    num_users = data.batch_users or 2 * int(data.batch_events / lengths.mean()) + 1
+    num_users = _enough_users(data, float(lengths.mean()))
     fullest, imbalances, events = np.zeros(0, dtype=np.int64), [], []
     for _ in range(config.plan.num_steps):
         users = generator.choice(lengths, num_users)
@@ -229,11 +234,10 @@ def simulate(config: PlannedRun, lengths: np.ndarray, num_items: int, num_ranks:
             users = cut_lengths(users, longest, data.length_alpha, generator)
         if data.batch_events:
             users = users[np.cumsum(users) <= data.batch_events]
-        hands = [users[hand] for hand in deal(costs[users], num_ranks)]
-        of_ranks = np.array([costs[hand].sum() for hand in hands])
-        imbalances.append(float(of_ranks.max() / of_ranks.mean()))
+        hands = deal(costs[users], num_ranks)
+        imbalances.append(imbalance_of(costs[users], hands))
         events.append(int(users.sum()))
-        fullest = max(fullest, *hands, key=lambda hand: hand.sum())
+        fullest = max(fullest, *(users[hand] for hand in hands), key=lambda lengths: lengths.sum())
     return Batches(fullest, float(np.mean(events)), float(np.mean(imbalances)), max(imbalances))
 
 

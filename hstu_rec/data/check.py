@@ -26,7 +26,6 @@ from hstu_rec.data.database import MEMORY_LIMIT, database
 from hstu_rec.data.dataset import ITEMS, MAPPED, SEQUENCES
 from hstu_rec.data.events import num_targets
 from hstu_rec.data.folder import (
-    by_train_count,
     measure,
     sync,
     write_events,
@@ -251,7 +250,7 @@ def _mapped_problems(
     if problems:
         return problems
     problems = _count_problems(path, connection, tally)
-    wanted = (tally.train_counts, by_train_count(tally.train_counts))
+    wanted = (tally.train_counts, dataset.by_count(tally.train_counts))
     tests = {
         f"{name} is not what the events give": counts.column(name).to_numpy() != values
         for name, values in zip(COUNTS_COLUMNS, wanted, strict=True)

@@ -188,11 +188,22 @@ class Dataset:
         Positions count from the user's first event. All int64.
         """
         counts = ends - begins
-        offsets = np.zeros(len(users) + 1, dtype=np.int64)
-        np.cumsum(counts, out=offsets[1:])
+        offsets = offsets_of(counts)
         first = self.starts[users] + begins
         rows = np.repeat(first - offsets[:-1], counts) + np.arange(offsets[-1])
         return _take(self._items, rows), _take(self._timestamps, rows), offsets
+
+
+def by_count(train_counts: np.ndarray) -> np.ndarray:
+    """int64 [N]: indices of items, the rarest in training first, ties by index."""
+    return np.argsort(train_counts, kind="stable")
+
+
+def offsets_of(counts: np.ndarray) -> np.ndarray:
+    """int64 [B + 1]: where each user's part of a jagged array begins, and the end, for parts of `counts`."""
+    offsets = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return offsets
 
 
 def _take(chunks: list[np.ndarray], rows: np.ndarray) -> np.ndarray:

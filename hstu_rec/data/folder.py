@@ -52,16 +52,11 @@ def write_events(connection: duckdb.DuckDBPyConnection, query: str, folder: Path
             writer.write_batch(batch)
     # One batch, so that the columns can be mapped as they are.
     counts = pa.record_batch(
-        {"train_count": tally.train_counts, "by_train_count": by_train_count(tally.train_counts)}
+        {"train_count": tally.train_counts, "by_train_count": dataset.by_count(tally.train_counts)}
     )
     with arrow_writer(folder / "counts.arrow", counts.schema) as writer:
         writer.write_batch(counts)
     return tally
-
-
-def by_train_count(train_counts: np.ndarray) -> np.ndarray:
-    """int64 [N]: indices of items, the rarest in training first, ties by index."""
-    return np.argsort(train_counts, kind="stable")
 
 
 def _tallied(reader: pa.RecordBatchReader, tally: Tally) -> Iterator[pa.RecordBatch]:

@@ -18,7 +18,7 @@ import torch
 
 from hstu_rec import distributed
 from hstu_rec.data.batch import SequenceBatch
-from hstu_rec.data.dataset import Dataset
+from hstu_rec.data.dataset import Dataset, offsets_of
 from hstu_rec.data.stochastic_length import (
     Choice,
     cut_lengths,
@@ -159,9 +159,7 @@ class TrainStream:
     def imbalance(self, epoch: int, step: int) -> float:
         """The work of the rank that has the most of a batch, over the mean of ranks."""
         _, lengths, hands = self._dealt(epoch, step)
-        costs = self._costs_of(lengths)
-        of_ranks = [costs[hand].sum() for hand in hands]
-        return float(max(of_ranks) / np.mean(of_ranks))
+        return imbalance_of(self._costs_of(lengths), hands)
 
     def batch(self, epoch: int, step: int, of_all_ranks: bool = False) -> SequenceBatch:
         """This rank's part of a global batch, which may be empty, or the parts of all, by rank."""
@@ -187,7 +185,7 @@ class TrainStream:
             item_ids=torch.from_numpy(items[inputs]),
             timestamps=torch.from_numpy(times[inputs]),
             next_timestamps=torch.from_numpy(times[targets]),
-            offsets=torch.from_numpy(np.append(0, np.cumsum(kept))),
+            offsets=torch.from_numpy(offsets_of(kept)),
             target_ids=torch.from_numpy(items[targets]),
             num_targets_global=num_positions,
         )
@@ -206,6 +204,12 @@ def deal(costs: np.ndarray, num_hands: int) -> list[np.ndarray]:
         heapq.heapreplace(heap, (total + cost, count + 1, hand))
         hands[hand].append(place)
     return [np.array(hand, dtype=np.int64) for hand in hands]
+
+
+def imbalance_of(costs: np.ndarray, hands: list[np.ndarray]) -> float:
+    """The largest sum of `costs` of the dealt `hands`, over their mean."""
+    sums = [costs[hand].sum() for hand in hands]
+    return float(max(sums) / np.mean(sums))
 
 
 @dataclass(frozen=True)
@@ -260,7 +264,7 @@ def eval_batches(
     users, target_places = eval_users(dataset, split)
     ranks, rank = distributed.world_size(), distributed.rank()
     mine, ends = (np.array_split(one, ranks)[rank] for one in (users, target_places))
-    longest = -(-len(users) // distributed.world_size())
+    longest = -(-len(users) // ranks)
     for start in range(0, longest, batch_users):
         chosen = mine[start : start + batch_users]
         end = ends[start : start + batch_users]

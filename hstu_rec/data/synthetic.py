@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hstu_rec.data.dataset import MAX_ITEMS
+from hstu_rec.data.dataset import MAX_ITEMS, by_count, offsets_of
 from hstu_rec.data.hashes import mixed, stream, uniform
 from hstu_rec.data.zipf_catalogue import PowerLaw, ZipfCatalogue
 
@@ -177,7 +177,7 @@ class SyntheticDataset:
     @cached_property
     def items_by_count(self) -> np.ndarray:
         """int64 [N]: items by rising count in the training part, equal ones by index."""
-        return np.argsort(self.train_counts, kind="stable")
+        return by_count(self.train_counts)
 
     def train_time_range(self) -> tuple[int, int]:
         """Times in s of the first and last training event."""
@@ -198,8 +198,7 @@ class SyntheticDataset:
         Positions count from the user's first event. All int64.
         """
         counts = ends - begins
-        offsets = np.zeros(len(users) + 1, dtype=np.int64)
-        np.cumsum(counts, out=offsets[1:])
+        offsets = offsets_of(counts)
         place = np.arange(offsets[-1]) + np.repeat(begins - offsets[:-1], counts)
         keys = mixed(self._seeds["events"], users)
         bits = mixed(np.repeat(keys, counts), place)
