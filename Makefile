@@ -1,5 +1,7 @@
 # make demo: environment, built-in data, training on 2 processes, evaluation, table.
-# make test: the same environment, all tests.
+# make test: the same environment, all tests but the slow ones.
+# make test-faults: faults injected, slow ones too, and the table of them, faults.md.
+# make test-soak: an hour of training, 500 fits.
 ifndef PYTHON
 PYTHON := $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$name && break; done)
@@ -10,13 +12,19 @@ export OMP_NUM_THREADS ?= 1
 # Packages of another environment must not come before the pinned ones.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: demo test lint types clean
+.PHONY: demo test test-faults test-soak lint types clean
 
 demo: .venv/.stamp
 	$(BIN)/torchx run -s local_cwd dist.ddp -j 1x2 apps/train.py configs/demo.yaml
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not soak"
+
+test-faults: .venv/.dev
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "fault and not soak" --fault-table=faults.md
+
+test-soak: .venv/.dev
+	$(BIN)/python -m pytest -q -m soak --fault-table=soak.md
 
 lint: .venv/.stamp
 	$(BIN)/ruff check .

@@ -5,6 +5,8 @@ import os
 import torch
 from hypothesis import settings
 
+pytest_plugins = ["tests.faults.tries"]
+
 # A busy machine is no failure.
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
