@@ -22,6 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
+from hstu_rec import distributed
+from hstu_rec.checkpoint import CheckpointConfig
 from hstu_rec.data.stream import DataConfig
 from hstu_rec.data.synthetic import SYNTHETIC
 from hstu_rec.distributed import DeviceChoice, Precision
@@ -29,6 +31,7 @@ from hstu_rec.encoder_config import EncoderConfig
 from hstu_rec.evaluator import EvalConfig
 from hstu_rec.item_table import TableConfig
 from hstu_rec.loss import LossConfig
+from hstu_rec.signals import Stopped
 
 T = TypeVar("T")
 BASE_KEY = "base"
@@ -102,13 +105,14 @@ class TrainConfig:
     """Keeps a layer's input alone and makes the rest again in backward: less memory, a longer step."""
     resume: str = "none"
     """none, auto (newest complete checkpoint of train.run_dir), or a checkpoint folder."""
+    resume_changed: bool = False
+    """Goes on also where settings or data are not those that the checkpoint was trained with; each change
+    is told, and an epoch whose batches are others begins again."""
     warm_start: str = ""
     """Run whose best checkpoint, or RUN/checkpoints/step_<number>, that this run begins as, with another
     catalogue: items of the same own id keep their rows; for the others see table.new_rows."""
     run_dir: str = ""
     """Folder of the run; runs/<time>-<name> when empty."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints kept, besides the best."""
     log_every_steps: int = 50
     """Steps between rows of metrics.jsonl."""
 
@@ -116,13 +120,15 @@ class TrainConfig:
         """What is wrong with these values, a sentence each."""
         found = [
             f"{name} must be at least 1; got {getattr(self, name)}"
-            for name in ("max_epochs", "eval_every_epochs", "keep_checkpoints", "log_every_steps")
+            for name in ("max_epochs", "eval_every_epochs", "log_every_steps")
             if getattr(self, name) < 1
         ]
         if self.patience < 0:
             found.append(f"patience must be at least 0; got {self.patience}")
         if not 0 <= self.seed < 2**32:
             found.append(f"seed must be in 0..{2**32 - 1}; got {self.seed}")
+        if self.resume_changed and self.resume == "none":
+            found.append("resume_changed has no effect without resume; set one of them")
         if self.resume == "auto" and not self.run_dir:
             found.append("resume 'auto' needs train.run_dir, the folder of the run to go on with")
         if self.warm_start:
@@ -161,6 +167,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def problems(self) -> list[str]:
         """Problems between sections."""
@@ -255,6 +262,10 @@ def run_app(main: Callable[[list[str]], None]) -> None:
     except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except Stopped as error:
+        if distributed.launched_rank() == 0:
+            print(f"{error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
         sys.exit(130)

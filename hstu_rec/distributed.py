@@ -289,6 +289,13 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def another_group() -> dist.ProcessGroup:
+    """All ranks, on CPU, once more: its collectives come between those of others in any order. Collective."""
+    made = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    assert isinstance(made, dist.ProcessGroup)
+    return made
+
+
 def barrier() -> None:
     """Waits for all ranks."""
     if world_size() > 1:

@@ -25,9 +25,12 @@ class RankError(ValueError):
     """What failed on one process or more; raised on all."""
 
 
-def together(function: Callable[[], T]) -> list[T]:
+def together(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """Every process's result, by rank. Collective. Raises RankError on all when any fails, naming the hosts
-    where not all of them do."""
+    where not all of them do.
+
+    group: the processes by another group of them all, for a thread beside the main one.
+    """
     result: T | None = None
     failure: Exception | None = None
     sentence: str | None = None
@@ -37,7 +40,7 @@ def together(function: Callable[[], T]) -> list[T]:
         failure, sentence = error, str(error)
     except Exception as error:
         failure, sentence = error, f"{type(error).__name__}: {error}"
-    everyone = gathered((result, sentence, socket.gethostname()))
+    everyone = gathered((result, sentence, socket.gethostname()), group)
     if any(text is not None for _, text, _ in everyone):
         raise RankError(_told([(text, host) for _, text, host in everyone])) from failure
     return [value for value, _, _ in everyone]  # type: ignore[misc]
@@ -53,16 +56,16 @@ def _told(sentences: list[tuple[str | None, str]]) -> str:
     return "; ".join(f"on {host}: {text}" for text, host in dict.fromkeys(sentences) if text)
 
 
-def on_main(function: Callable[[], T]) -> T:
+def on_main(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Process 0's result on every process; its failure raises RankError on all. Collective."""
-    return together(lambda: function() if distributed.is_main() else None)[0]  # type: ignore[return-value]
+    return together(lambda: function() if distributed.is_main() else None, group)[0]  # type: ignore[return-value]
 
 
-def gathered(value: T) -> list[T]:
+def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every process's `value`, of what pickles, by rank. Collective."""
     everyone = [value] * distributed.world_size()
     if distributed.world_size() > 1:
-        dist.all_gather_object(everyone, value)
+        dist.all_gather_object(everyone, value, group)
     return everyone
 
 

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from hstu_rec import checkpoint, distributed, hosts
+from hstu_rec.checkpoint.saved_rows import SavedRows
 from hstu_rec.config import RunConfig, leaves, load
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.item_map import ITEM_MAP, MatchedItems, item_map_hash, keep_item_map, match_items
 from hstu_rec.encoder import Calendar
 from hstu_rec.item_table import draw_rows, has_rows, local_shards, shards_of
 from hstu_rec.learner import Learner
-from hstu_rec.saved_rows import SavedRows
 
 BLOCK_ROWS = 2**16
 # Of training counts: 0, 1, 2 to 3, 4 to 7, ... of an int64.

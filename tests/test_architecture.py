@@ -14,7 +14,10 @@ PACKAGE = ROOT / "hstu_rec"
 LAYERS = [
     {"benchmarks"},
     {"trainer", "quality"},
-    {"runs", "warm_start", "planning"},
+    {"starts"},
+    {"training"},
+    {"results"},
+    {"runs", "warm_start", "planning", "resuming"},
     {"learner"},
     {"pipeline"},
     {"graphs", "memory"},
@@ -26,9 +29,9 @@ LAYERS = [
     {"encoder_config"},
     {"softmax"},
     {"data", "ops"},
-    {"checkpoint", "tracking", "saved_rows"},
+    {"checkpoint", "tracking"},
     {"hosts"},
-    {"distributed", "versions"},
+    {"distributed", "versions", "signals"},
 ]
 TORCHREC_USERS = {"item_table.py"}
 ENVIRONMENT_READERS = {"distributed.py"}

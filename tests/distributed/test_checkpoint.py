@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from hstu_rec import checkpoint
-from hstu_rec.checkpoint import CheckpointError
+from hstu_rec.checkpoint import CheckpointError, folder, storage
 from tests.ranks import run_ranks
 
 NUM_ROWS, DIM = 5, 3  # 5 rows: uneven at 2 and 3 ranks, an empty rank at 4
@@ -137,7 +137,7 @@ def truncate(path):
 
 
 @pytest.mark.parametrize("damage", [flip_bit, truncate, os.remove])
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "meta.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", "tensors.json", "meta.json", "manifest.json"])
 def test_damage_is_named_and_the_older_checkpoint_is_used(tmp_path, name, damage):
     older, newer = save_steps(tmp_path, [10, 20])
     assert checkpoint.newest(tmp_path) == (newer, [])
@@ -192,7 +192,7 @@ def test_a_replacement_that_fails_at_its_last_move_keeps_the_former_one(tmp_path
             raise OSError(5, "Input/output error")
         rename(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "rename", fail_into_place)
+    monkeypatch.setattr(folder.os, "rename", fail_into_place)
     with pytest.raises(CheckpointError, match=r"Input/output error"):
         checkpoint.save(tmp_path, 10, full_state(99), {"step": 99})
     kept, skipped = checkpoint.newest(tmp_path)
@@ -206,7 +206,7 @@ def test_a_save_that_fails_keeps_the_former_checkpoint_and_leaves_nothing(tmp_pa
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.FileSystemWriter, "write_data", no_space)
+    monkeypatch.setattr(storage.StorageWriter, "write_data", no_space)
     with pytest.raises(CheckpointError, match=r"No space left"):
         save_steps(tmp_path, [10])
     assert checkpoint.newest(tmp_path) == (path, [])

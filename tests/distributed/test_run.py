@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hstu_rec import trainer
 from hstu_rec.config import RunConfig, load
 from hstu_rec.trainer import evaluate_run, train
+from hstu_rec.training import Training
 from tests.datasets import write_dataset
 from tests.ranks import run_ranks
 
@@ -73,14 +73,14 @@ class Stopped(Exception):
 
 def train_two_epochs(data: Path, folder: Path, *settings: str):
     """Ends a run of NUM_EPOCHS after two, when their checkpoint is written."""
-    validate = trainer._validate
+    validate = Training._validate
 
-    def validate_and_stop(config, learner, dataset, folder, tracker, progress):
-        validate(config, learner, dataset, folder, tracker, progress)
-        if progress.epoch == 2:
+    def validate_and_stop(training):
+        validate(training)
+        if training.progress.epoch == 2:
             raise Stopped
 
-    trainer._validate = validate_and_stop
+    Training._validate = validate_and_stop
     with pytest.raises(Stopped):
         train_once(data, folder, *settings)
 
@@ -138,9 +138,12 @@ def test_a_run_out_of_patience_is_only_measured_again(data, tmp_path):
 def test_a_checkpoint_of_another_folder_begins_a_run_with_its_own_best(data, run, tmp_path):
     whole, _ = run
     newest = max((whole / "checkpoints").glob("step_*"))
-    longer = f"train.max_epochs={NUM_EPOCHS + 1}"
-    result = train_once(data, tmp_path / "run", f"train.resume={newest}", longer)
-    assert result["timing"]["best_epoch"] == NUM_EPOCHS + 1
+    longer = (f"train.resume={newest}", f"train.max_epochs={NUM_EPOCHS + 1}")
+    sentence = refusal(data, tmp_path / "run", *longer)
+    assert "train.max_epochs was 4 and is 5" in sentence  # of which the rates are functions
+    result = train_once(data, tmp_path / "run", *longer, "train.resume_changed=true")
+    # Its first one is what it began with.
+    assert result["timing"]["best_epoch"] >= NUM_EPOCHS
 
 
 def test_other_items_are_refused(data, run, tmp_path):

@@ -2,7 +2,7 @@
 
 DCP's own reader brings a whole shard of yesterday into memory for any row of it. Here a shard is mapped:
 
-    __0_0.distcp   | archive of a tensor | archive of another | ...      where: .metadata (DCP)
+    __0_0.distcp   | archive of a tensor | archive of another | ...      where: tensors.json
                       archive/data/0 of torch.save's zip: the shard's numbers, row after row, not compressed
 """
 
@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from hstu_rec.checkpoint.storage import StorageReader
 
 # Of a file in a zip: before its name, of which the last two numbers are the lengths of name and extra field.
 ZIP_HEADER_BYTES = 30
@@ -30,7 +31,7 @@ class SavedRows:
     """
 
     def __init__(self, path: Path, name: str) -> None:
-        metadata = FileSystemReader(path).read_metadata()
+        metadata = StorageReader(path).read_metadata()
         entry = metadata.state_dict_metadata.get(name)
         if not isinstance(entry, TensorStorageMetadata) or len(entry.size) not in (1, 2):
             raise ValueError(f"{path} has no rows named {name!r}")

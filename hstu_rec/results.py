@@ -1,0 +1,90 @@
+"""The figures of a trained model, as result.json has them."""
+
+from typing import Any
+
+from hstu_rec import distributed
+from hstu_rec.baselines import baseline_metrics
+from hstu_rec.config import RunConfig
+from hstu_rec.data.known_best import best_recall
+from hstu_rec.data.stream import Sequences
+from hstu_rec.data.synthetic import SyntheticDataset
+from hstu_rec.evaluator import evaluate
+from hstu_rec.learner import Learner
+from hstu_rec.resuming import Progress
+
+PARTS = ("seen_masked", "seen_allowed")
+
+
+def result_of(
+    config: RunConfig,
+    learner: Learner,
+    dataset: Sequences,
+    progress: Progress,
+    made_with: dict[str, str | None],
+) -> dict[str, Any]:
+    """The final figures of the model that `learner` holds. Collective."""
+    valid, test = (
+        evaluate(learner.model, dataset, split, config.eval, learner.device)
+        for split in ("valid", "test")
+    )
+    baselines = (
+        baseline_metrics(dataset, "test", config.eval.ks) if config.eval.with_baselines else {}
+    )
+    num_events = learner.stream.num_positions * progress.epoch
+    encoder = config.encoder
+    return {
+        "protocol": {
+            "use_query_time": encoder.query_time == "next",
+            "max_history_len": encoder.max_history_len,
+            "num_candidates": dataset.num_items,
+            "num_users": test["num_users"],
+            "num_repeated_targets": test["num_repeated_targets"],
+            "seen_bias": seen_bias_of(learner),
+            "test_history_includes_valid": True,
+            "selection_metric": config.train.select,
+            "seed": config.train.seed,
+            "split": dataset.stats["split"],
+            "data": dataset.facts,
+            **_of_frequent(config, test),
+        },
+        "test": {part: test[part] for part in PARTS},
+        "valid": {part: valid[part] for part in PARTS},
+        "baselines": baselines,
+        "further": _further(config, dataset, test),
+        "timing": {
+            "prepare_s": dataset.stats.get("prepare_s"),
+            "train_s": progress.train_s,
+            "events_per_s": num_events / progress.train_s if progress.train_s else 0.0,
+            "epochs": progress.epoch,
+            "best_epoch": progress.best_epoch,
+            "processes": distributed.world_size(),
+            "device": distributed.device_name(learner.device),
+        },
+        "versions": made_with,
+    }
+
+
+def _of_frequent(config: RunConfig, test: dict[str, Any]) -> dict[str, int]:
+    """The protocol of eval.min_train_count."""
+    if not (least := config.eval.min_train_count):
+        return {}
+    return {"min_train_count": least, "num_frequent_targets": test["frequent"]["num_users"]}
+
+
+def _further(config: RunConfig, dataset: Sequences, test: dict[str, Any]) -> dict[str, Any]:
+    """Rows over frequent targets alone, and where it is known what the best possible result is."""
+    least, rows = config.eval.min_train_count, {}
+    if least:
+        rows[f"model, {least}+ events"] = {part: test["frequent"][part] for part in PARTS}
+    if isinstance(dataset, SyntheticDataset):
+        for count in sorted({0, least}):
+            best = best_recall(dataset, "test", config.eval.ks, count)
+            name = "best possible" + (f", {count}+ events" if count else "")
+            rows[name] = {"seen_allowed": {f"recall@{k}": one.expected for k, one in best.items()}}
+    return rows
+
+
+def seen_bias_of(learner: Learner) -> float | None:
+    """What the model learned to add to the logits of seen items."""
+    bias = learner.loss.seen_bias()
+    return None if bias is None else float(bias.detach())

@@ -1,0 +1,203 @@
+"""Training: epochs from where a run stands to where it ends, saved on the way.
+
+validation, if the epoch asks for one      its checkpoint is written meanwhile; then `best` moves
+steps of an epoch -> a checkpoint every checkpoint.every_minutes, and when the run is asked to stop
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hstu_rec import checkpoint, distributed
+from hstu_rec.checkpoint import Saver
+from hstu_rec.config import RunConfig
+from hstu_rec.data.stream import Sequences
+from hstu_rec.evaluator import evaluate
+from hstu_rec.flops import history_flops, peak_flops
+from hstu_rec.learner import Learner, rate_factor
+from hstu_rec.results import PARTS, seen_bias_of
+from hstu_rec.resuming import Progress, meta_of
+from hstu_rec.signals import Stopped, StopRequest
+from hstu_rec.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of."""
+
+    config: RunConfig
+    folder: Path
+    dataset: Sequences
+    learner: Learner
+    tracker: Tracker
+    made_with: dict[str, str | None]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+
+class Training:
+    """Trains `run` from `progress`, which it keeps up to date."""
+
+    def __init__(self, run: Run, progress: Progress, saver: Saver, stop: StopRequest) -> None:
+        self.run, self.progress, self._saver, self._stop = run, progress, saver, stop
+        self._saved_step = -1
+        self._flops, self._peak = _flops(run)
+        self._saved_at = self._counted_at = time.monotonic()
+
+    def train(self) -> None:
+        """Epochs until patience or max_epochs ends them. Collective.
+
+        Raises Stopped on all ranks, with where it stands saved, when any of them is asked to stop.
+        """
+        settings, progress = self.run.config.train, self.progress
+        bar = self.run.tracker.bar(settings.max_epochs, "training", "epoch")
+        bar.update(progress.epoch)
+        while True:
+            if self._is_validation_due():
+                self._validate()
+            is_out_of_patience = 0 < settings.patience <= progress.num_without_gain
+            if progress.epoch >= settings.max_epochs or is_out_of_patience:
+                break
+            loss, speed = self._train_epoch()
+            bar.update(1)
+            self.run.tracker.log("speed", progress.step, speed)
+            bar.set_postfix_str(f"loss {loss:.3f}  {_shown(speed)}")
+        bar.close()
+
+    def stop_if_asked(self) -> None:
+        """Raises Stopped on all ranks, with where it stands saved, when any was asked to. Collective."""
+        if self._agreed(self._stop.is_asked):
+            self._end()
+
+    def _train_epoch(self) -> tuple[float, dict[str, float]]:
+        """The steps that are left of an epoch; the last one's loss, and the speed."""
+        progress, learner, tracker = self.progress, self.run.learner, self.run.tracker
+        learner.model.train()
+        loss, num_steps = math.nan, learner.stream.num_steps(progress.epoch)
+        first, began_at = progress.batch, time.monotonic()
+        self._counted_at = began_at
+        for index in range(first, num_steps):
+            loss = learner.step(progress.epoch, index, progress.step)
+            if progress.step % self.run.config.train.log_every_steps == 0:
+                imbalance = learner.stream.imbalance(progress.epoch, index)
+                tracker.log("train", progress.step, {"loss": loss, "imbalance": imbalance})
+            progress.step += 1
+            progress.batch = index + 1
+            if progress.batch == num_steps:
+                progress.epoch, progress.batch = progress.epoch + 1, 0
+            if self._agreed(self._stop.is_asked):
+                self._count_time()
+                self._end()
+            if self._agreed(self._is_save_due()):
+                self._count_time()
+                self._save()
+        self._count_time()
+        share = (num_steps - first) / num_steps
+        return loss, self._speed(share, time.monotonic() - began_at)
+
+    def _agreed(self, asked: bool) -> bool:
+        return bool(distributed.all_reduce_max(torch.tensor(int(asked))))
+
+    def _end(self) -> None:
+        self._save()
+        self._saver.wait()
+        folder, step = self.run.folder, self.progress.step
+        raise Stopped(
+            f"stopped at step {step}, saved; the same command goes on from there with "
+            f"train.run_dir={folder} train.resume=auto",
+            self._stop.by,
+        )
+
+    def _count_time(self) -> None:
+        now = time.monotonic()
+        self.progress.train_s += now - self._counted_at
+        self._counted_at = now
+
+    def _is_save_due(self) -> bool:
+        settings = self.run.config.checkpoint
+        waited_s = time.monotonic() - self._saved_at
+        by_time = 0 < settings.every_minutes * 60 <= waited_s
+        return by_time or (
+            settings.every_steps > 0 and self.progress.step % settings.every_steps == 0
+        )
+
+    def _save(self) -> None:
+        """Begins a checkpoint of where the run stands, unless there is one."""
+        if self._saved_step == self.progress.step:
+            return
+        run = self.run
+        factor = rate_factor(run.config.optim, self.progress.step, run.learner.num_steps_planned)
+        meta = meta_of(run.config, run.dataset, self.progress, run.made_with, factor)
+        self._saver.save(self.progress.step, run.learner.state(), meta)
+        self._saved_step, self._saved_at = self.progress.step, time.monotonic()
+
+    def _is_validation_due(self) -> bool:
+        progress, settings = self.progress, self.run.config.train
+        if progress.batch or progress.measured_epoch >= progress.epoch:
+            return False
+        if progress.epoch == 0:
+            # What a warm start begins with may stay the best.
+            return progress.steps_before > 0
+        is_last = progress.epoch >= settings.max_epochs
+        return is_last or progress.epoch % settings.eval_every_epochs == 0
+
+    def _validate(self) -> None:
+        """Saves, measures, and moves `best` when the selected validation metric gained."""
+        run, progress = self.run, self.progress
+        select = run.config.train.select
+        self._save()
+        metrics = evaluate(
+            run.learner.model, run.dataset, "valid", run.config.eval, run.learner.device
+        )
+        flat = {f"{part}/{name}": value for part in PARTS for name, value in metrics[part].items()}
+        value = flat[select]
+        is_better = progress.best is None or value > progress.best
+        progress.num_without_gain = 0 if is_better else progress.num_without_gain + 1
+        if is_better:
+            progress.best, progress.best_epoch = value, progress.epoch
+        progress.measured_epoch = progress.epoch
+        bias = seen_bias_of(run.learner)
+        learned = {} if bias is None else {"seen_bias": bias}
+        run.tracker.log("valid", progress.step, {"epoch": progress.epoch, **flat, **learned})
+        run.tracker.say(
+            f"epoch {progress.epoch:3d}  step {progress.step}  valid {select} {value:.4f}"
+            f"  best {progress.best:.4f} (epoch {progress.best_epoch})  train {progress.train_s:.0f} s"
+        )
+        saved = self._saver.wait()
+        if is_better and saved is not None:
+            checkpoint.point(run.checkpoints, "best", saved)
+
+    def _speed(self, share: float, spent_s: float) -> dict[str, float]:
+        """Events a second of that share of an epoch over all ranks; on CUDA also TFLOP/s, their share of what
+        the devices' products reach, and the most GiB held by this rank's tensors so far."""
+        learner = self.run.learner
+        speed = {"events_per_s": share * learner.stream.num_positions / spent_s}
+        if self._peak:
+            speed["tflop_per_s"] = share * self._flops / spent_s / 1e12
+            speed["mfu"] = share * self._flops / spent_s / self._peak
+            speed["peak_gib"] = torch.cuda.max_memory_allocated(learner.device) / 2**30
+        return speed
+
+
+def _flops(run: Run) -> tuple[float, float]:
+    """(FLOPs of an epoch over all ranks, FLOP/s that the ranks' devices reach at most; 0 on CPU)."""
+    stream, device, config = run.learner.stream, run.learner.device, run.config
+    lengths = stream.mean_lengths()
+    costs = history_flops(config.encoder, config.loss, run.dataset.num_items, lengths)
+    if device.type != "cuda":
+        return float(costs.sum()), 0.0
+    dtype = distributed.product_dtype(config.train.precision)
+    return float(costs.sum()), peak_flops(device, dtype) * distributed.world_size()
+
+
+def _shown(speed: dict[str, float]) -> str:
+    text = f"events/s {speed['events_per_s']:,.0f}"
+    if "mfu" in speed:
+        text += f"  TFLOP/s {speed['tflop_per_s']:.1f} (MFU {speed['mfu']:.1%})  {speed['peak_gib']:.1f} GiB"
+    return text
