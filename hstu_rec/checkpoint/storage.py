@@ -38,6 +38,17 @@ class StorageWriter(FileSystemWriter):
     def __init__(self, path: Path) -> None:
         super().__init__(path, sync_files=True)
 
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        """Called by DCP on each rank."""
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            # torch.save complains of its archive, in place of the full disk that cut it short.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from error
+
     def finish(self, metadata: Metadata, results: Any) -> None:
         """Called by DCP on one rank, with what all have written."""
         stored = {one.index: one.storage_data for part in results for one in part}

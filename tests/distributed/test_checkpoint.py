@@ -136,6 +136,7 @@ def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
+@pytest.mark.fault("R6")
 @pytest.mark.parametrize("damage", [flip_bit, truncate, os.remove])
 @pytest.mark.parametrize("name", ["__0_0.distcp", "tensors.json", "meta.json", "manifest.json"])
 def test_damage_is_named_and_the_older_checkpoint_is_used(tmp_path, name, damage):
