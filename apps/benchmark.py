@@ -5,39 +5,23 @@
     python apps/benchmark.py curve [CONFIG.yaml ...] [key=value ...]    test figures after every epoch
     python apps/benchmark.py attention|encoder|loss|ranking [key=value ...]                   a part alone
     python apps/benchmark.py tune [key=value ...]                       attention's compile options, on CUDA
+    python apps/benchmark.py saving [CONFIG.yaml ...] [key=value ...]   checkpoints beside training
     python apps/benchmark.py memory [CONFIG.yaml ...] [key=value ...]   what a rank holds beside its estimate
     python apps/benchmark.py quality RECIPE.yaml ... [quality.key=value ...] [key=value ...]
 
-torchrun and torchx launch step, epoch, curve, ranking and memory. `MEASURE help` lists keys. quality trains
-recipes with several seeds, in processes that it launches, but for runs that are done, and writes quality.md,
-.json and .png beside published figures; its own settings are quality.*, all others are given to the runs.
+torchrun and torchx launch step, epoch, curve, ranking, saving and memory. `MEASURE help` lists keys.
+quality trains recipes with several seeds, in processes that it launches, but for runs that are done, and
+writes quality.md, .json and .png beside published figures; its own settings are quality.*, all others are
+given to the runs.
 """
 
 import sys
-from typing import Any
 
-from hstu_rec.benchmarks.attention import AttentionTimes, attention_times
-from hstu_rec.benchmarks.attention_tuning import OptionTimes, option_times
-from hstu_rec.benchmarks.encoder import EncoderTimes, encoder_times
-from hstu_rec.benchmarks.loss import LossTimes, loss_times
-from hstu_rec.benchmarks.memory import measure_memory
-from hstu_rec.benchmarks.ranking import RankingTimes, ranking_times
-from hstu_rec.benchmarks.steps import compare_steps, figures_by_epoch, print_lines, time_epochs
-from hstu_rec.config import RunConfig, help_text, run_app
-from hstu_rec.planning import PlannedRun
+from hstu_rec.benchmarks import MEASURES
+from hstu_rec.benchmarks.steps import print_lines
+from hstu_rec.config import help_text, run_app
 from hstu_rec.quality import QualitySettings, quality
 
-MEASURES: dict[str, tuple[Any, Any]] = {
-    "step": (RunConfig, compare_steps),
-    "epoch": (RunConfig, time_epochs),
-    "curve": (RunConfig, figures_by_epoch),
-    "attention": (AttentionTimes, attention_times),
-    "tune": (OptionTimes, option_times),
-    "encoder": (EncoderTimes, encoder_times),
-    "loss": (LossTimes, loss_times),
-    "ranking": (RankingTimes, ranking_times),
-    "memory": (PlannedRun, measure_memory),
-}
 SCHEMAS = {name: schema for name, (schema, _) in MEASURES.items()} | {"quality": QualitySettings}
 HELP = {"help", "--help", "-h"}
 

@@ -92,6 +92,15 @@ def dense_bytes(config: RunConfig, num_ranks: int) -> int:
     return FLOAT * num_dense(config) * (DENSE_COPIES + (num_ranks > 1))
 
 
+def copy_bytes(config: RunConfig, num_rows: int) -> int:
+    """Bytes of the copy that a checkpoint is written from: rows with state, dense weights with moments."""
+    if not config.checkpoint.in_background:
+        return 0
+    return num_rows * sum(row_bytes(config.table, config.encoder.dim)) + 3 * FLOAT * num_dense(
+        config
+    )
+
+
 @dataclass(frozen=True)
 class _Layer:
     """Bytes of a layer, of all events."""

@@ -24,6 +24,7 @@ from hstu_rec.memory import (
     FLOAT,
     INT,
     StepSizes,
+    copy_bytes,
     dense_bytes,
     num_dense,
     step_bytes,
@@ -168,7 +169,7 @@ def make_plan(config: PlannedRun, cluster: Cluster) -> Plan:
         "dense": dense_bytes(config, cluster.num_ranks),
         **step_bytes(config, sizes, cluster.device_type),
     }
-    host: dict[str, float] = {} if cluster.device_type == "cpu" else {"table": table[2]}
+    host: dict[str, float] = {"table": table[2], "checkpoint's copy": copy_bytes(config, max(rows))}
     kind = f"{config.table.sharding}, {config.table.kernel}"
     owners = sum(row > 0 for row in rows)
     sharding = f"{kind}: {owners} shards of {max(rows):,} rows or fewer"
@@ -305,7 +306,8 @@ def report(config: PlannedRun) -> tuple[str, bool]:
     budget = cluster.device_bytes or cluster.host_bytes
     usable = (1 - SPARE_FRACTION) * budget
     host = sum(plan.host.values())
-    fits = plan.device_bytes <= usable and host <= cluster.host_bytes
+    is_one_memory = not cluster.device_bytes
+    fits = plan.device_bytes + is_one_memory * host <= usable and host <= cluster.host_bytes
     dense = traffic.pop("dense")
     power = config.plan.popularity_power
     ids = "all distinct" if power is None else f"popularity rank ** -{power}"
@@ -319,7 +321,7 @@ def report(config: PlannedRun) -> tuple[str, bool]:
         f"GiB a rank  {plan.device_bytes / GIB:.2f}: {_listed(plan.device, GIB)}",
         f"            of {usable / GIB:.1f}, {SPARE_FRACTION:.0%} being left to CUDA, NCCL and the allocator",
         f"host        {host / GIB:.2f} GiB a rank of {cluster.host_bytes / GIB:.1f}: "
-        f"{_listed(plan.host, GIB) or 'the same memory'}",
+        f"{_listed(plan.host, GIB)}",
         f"all-to-all  {sum(traffic.values()) / 1e6:.2f} MB leave a rank a step: {_listed(traffic, 1e6)}; "
         f"all-reduce {dense / 1e6:.2f} MB",
         f"imbalance   {batches.imbalance:.3f} in the mean of {config.plan.num_steps} steps, "
@@ -333,7 +335,10 @@ def report(config: PlannedRun) -> tuple[str, bool]:
 def _advice(plan: Plan, usable: float, cluster: Cluster) -> str:
     """What would make a plan fit that does not."""
     if sum(plan.host.values()) > cluster.host_bytes:
-        return "rows are more than the host's memory; give more ranks, or hosts with more (plan.host_gib)"
+        return (
+            "rows are more than the host's memory; give more ranks, hosts with more (plan.host_gib), or "
+            "checkpoint.in_background=false, which spares the copy"
+        )
     rows = plan.device["table"] + plan.device["row state"]
     if rows < usable / 2:
         return "give smaller batches or more ranks; rows are the smaller part"

@@ -56,19 +56,18 @@ class Training:
         Raises Stopped on all ranks, with where it stands saved, when any of them is asked to stop.
         """
         settings, progress = self.run.config.train, self.progress
-        bar = self.run.tracker.bar(settings.max_epochs, "training", "epoch")
-        bar.update(progress.epoch)
-        while True:
-            if self._is_validation_due():
-                self._validate()
-            is_out_of_patience = 0 < settings.patience <= progress.num_without_gain
-            if progress.epoch >= settings.max_epochs or is_out_of_patience:
-                break
-            loss, speed = self._train_epoch()
-            bar.update(1)
-            self.run.tracker.log("speed", progress.step, speed)
-            bar.set_postfix_str(f"loss {loss:.3f}  {_shown(speed)}")
-        bar.close()
+        with self.run.tracker.bar(settings.max_epochs, "training", "epoch") as bar:
+            bar.update(progress.epoch)
+            while True:
+                if self._is_validation_due():
+                    self._validate()
+                is_out_of_patience = 0 < settings.patience <= progress.num_without_gain
+                if progress.epoch >= settings.max_epochs or is_out_of_patience:
+                    break
+                loss, speed = self._train_epoch()
+                bar.update(1)
+                self.run.tracker.log("speed", progress.step, speed)
+                bar.set_postfix_str(f"loss {loss:.3f}  {_shown(speed)}")
 
     def stop_if_asked(self) -> None:
         """Raises Stopped on all ranks, with where it stands saved, when any was asked to. Collective."""
