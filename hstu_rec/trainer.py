@@ -194,7 +194,7 @@ def _train_epoch(
     learner.model.train()
     loss = math.nan
     for index in range(learner.stream.num_steps(progress.epoch)):
-        loss = learner.step(progress.epoch, index, progress.step)
+        loss = learner.step(progress.epoch, index, progress.step).loss
         if progress.step % log_every_steps == 0:
             imbalance = learner.stream.imbalance(progress.epoch, index)
             tracker.log("train", progress.step, {"loss": loss, "imbalance": imbalance})

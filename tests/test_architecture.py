@@ -26,7 +26,7 @@ LAYERS = [
     {"encoder_config"},
     {"softmax"},
     {"data", "ops"},
-    {"checkpoint", "tracking", "saved_rows"},
+    {"checkpoint", "tracking", "saved_rows", "guards"},
     {"hosts"},
     {"distributed", "versions"},
 ]
