@@ -95,6 +95,8 @@ class StepGuard:
     ) -> None:
         self._config, self._dense, self._waits = config, dense, waits
         self._unread: deque[_Unread] = deque()
+        # A GPU's answer comes when backward is through; the host goes on meanwhile.
+        self._is_late = any(one.is_cuda for one in dense)
         self._num_skipped = 0  # in a row
         self._square = self._is_finite = None
 
@@ -140,9 +142,9 @@ class StepGuard:
         """
         loss, num_asking = self._read()
         is_stopping = num_asking > 0
-        is_finite = self.is_finite()
-        self._unread.append(_Unread(self._place, loss, distributed.start_reading(is_finite)))
-        is_late = is_finite.is_cuda and math.isfinite(loss) and not (is_last or is_stopping)
+        read = distributed.start_reading(self.is_finite())
+        self._unread.append(_Unread(self._place, loss, read))
+        is_late = self._is_late and math.isfinite(loss) and not (is_last or is_stopping)
         skipped = []
         while len(self._unread) > is_late:
             place, its_loss, read = self._unread.popleft()
