@@ -23,7 +23,7 @@ from hstu_rec import distributed
 
 # Weight of a loss in the mean of which the least is the best: about the last 20 steps.
 MEAN_RATE = 0.05
-DEFAULT_MAX_SKIPPED_STEPS, DEFAULT_DIVERGENCE_STEPS = 10, 100
+DEFAULT_MAX_SKIPPED_STEPS, DEFAULT_DIVERGENCE_STEPS = 10, 50
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -384,6 +384,7 @@ def step_after_damage(path, settings):
     return str(raised.value), before, [rows.numpy() for rows, _ in local_shards(learner.model)]
 
 
+@pytest.mark.fault("R12")
 @pytest.mark.parametrize("settings", [SETTINGS["uniform"], SETTINGS["all"]], ids=["uniform", "all"])
 def test_a_loss_that_is_not_finite_stops_all_ranks_before_a_row_changes(tmp_path, settings):
     path = tmp_path / "data"
