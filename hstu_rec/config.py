@@ -29,6 +29,7 @@ from hstu_rec.data.synthetic import SYNTHETIC
 from hstu_rec.distributed import DeviceChoice, Precision
 from hstu_rec.encoder_config import EncoderConfig
 from hstu_rec.evaluator import EvalConfig
+from hstu_rec.guards import GuardConfig
 from hstu_rec.item_table import TableConfig
 from hstu_rec.loss import LossConfig
 from hstu_rec.signals import Stopped
@@ -166,6 +167,7 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
@@ -186,6 +188,11 @@ class RunConfig:
             found.append(f"train.warm_start needs items with own ids, not data.path={SYNTHETIC}")
         if self.table.new_rows != TableConfig().new_rows and not self.train.warm_start:
             found.append("table.new_rows has no effect without train.warm_start; set one of them")
+        if self.guard.on_nonfinite == "skip" and self.table.optimizer == "adam":
+            found.append(
+                "guard.on_nonfinite 'skip' cannot be with table.optimizer 'adam', which moves rows even by a "
+                "gradient of 0; set one of them"
+            )
         if 0 < self.data.batch_events < self.encoder.max_history_len:
             found.append(
                 "data.batch_events must hold the longest history, encoder.max_history_len = "

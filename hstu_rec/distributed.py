@@ -318,27 +318,33 @@ def start_all_reduce_sum(tensor: torch.Tensor) -> Callable[[], None]:
     return work.wait  # pyright: ignore[reportReturnType]
 
 
-def start_reading(scalar: torch.Tensor, wait: Callable[[], None]) -> Callable[[], float]:
-    """Begins to bring a scalar, once `wait` is through, to the host; what is returned waits for it alone, not
-    for what a GPU is given to do meanwhile."""
-    if not scalar.is_cuda:
+def start_reading(
+    values: torch.Tensor, wait: Callable[[], None] | None = None
+) -> Callable[[], list[float]]:
+    """Begins to bring a scalar or vector to the host, once `wait`, where given, is through; what is returned
+    waits for it alone, not for what a GPU is given to do meanwhile."""
+    if not values.is_cuda:
 
-        def read() -> float:
-            wait()
-            return float(scalar)
+        def read() -> list[float]:
+            if wait is not None:
+                wait()
+            return values.reshape(-1).tolist()
 
         return read
-    stream = _side_stream(scalar.device)
-    stream.wait_stream(torch.cuda.current_stream(scalar.device))
+    now = torch.cuda.current_stream(values.device)
+    # Beside what the GPU does where there is something to wait for.
+    stream = now if wait is None else _side_stream(values.device)
+    stream.wait_stream(now)
     with torch.cuda.stream(stream):
-        wait()
-        host = scalar.to("cpu", non_blocking=True)
+        if wait is not None:
+            wait()
+        host = values.reshape(-1).to("cpu", non_blocking=True)
         done = stream.record_event()
-    scalar.record_stream(stream)
+    values.record_stream(stream)
 
-    def read_host() -> float:
+    def read_host() -> list[float]:
         done.synchronize()
-        return float(host)
+        return host.tolist()
 
     return read_host
 

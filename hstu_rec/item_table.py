@@ -5,7 +5,6 @@ TorchRec is imported here when a table is made, so that the configuration can be
 
 import logging
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu_rec import distributed
+from hstu_rec.guards import StepGuard
 from hstu_rec.versions import check_triple
 
 if TYPE_CHECKING:
@@ -173,6 +173,7 @@ class SentIds:
         self._sizes = collection.input_dist(self._context, features)
         self._ids: Any = None
         self._found: Any = None
+        self._guard: StepGuard | None = None
         self._rows: Tensor | None = None
 
     def advance(self) -> None:
@@ -180,11 +181,19 @@ class SentIds:
         if self._ids is None:
             self._ids = self._sizes.wait()
 
-    def fetch(self) -> None:
-        """Reads the rows as they are now and starts their way back; harmless when it has begun."""
+    def fetch(self, guard: StepGuard | None = None) -> None:
+        """Reads the rows as they are now and starts their way back; harmless when it has begun.
+
+        In backward the guard weighs the gradient of `rows` before it is sent, and gives their owners zeros
+        in its place where the step is not finite.
+        """
         if self._found is None:
             self.advance()
-            self._found = self._collection.compute_and_output_dist(self._context, self._ids.wait())
+            owned = self._collection.compute(self._context, self._ids.wait())
+            for rows in owned:
+                if guard is not None and rows.requires_grad:
+                    rows.register_hook(guard.keep)
+            self._found, self._guard = self._collection.output_dist(self._context, owned), guard
 
     def rows(self) -> Tensor:
         """The rows [R, D] as they were when fetched, with gradient."""
@@ -192,12 +201,10 @@ class SentIds:
         if rows is None:
             self.fetch()
             rows = self._found[FEATURE].values()
+            if self._guard is not None:
+                rows.register_hook(self._guard.weigh)
             self._rows = rows
         return rows
-
-    def before_update(self, check: Callable[[], None]) -> None:
-        """Calls `check` in backward, before any row of the table changes; what it raises ends backward."""
-        self.rows().register_hook(lambda _: check())
 
 
 def check_ids(ids: Tensor, num_items: int) -> None:

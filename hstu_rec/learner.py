@@ -1,7 +1,7 @@
 """Learner: the model, its optimizers and one training step.
 
-rows fetched -> sum of losses / targets of all ranks -> backward (the loss is checked, then the rows
-    step inside it) -> clip -> AdamW on the dense part
+rows fetched -> sum of losses / targets of all ranks -> backward (loss and gradients are checked, then the
+    rows step inside it) -> clip -> AdamW on the dense part
 """
 
 import math
@@ -20,6 +20,7 @@ from hstu_rec.encoder import HSTUEncoder
 from hstu_rec.encoder_config import EncoderConfig, chosen_kernel
 from hstu_rec.flops import history_flops
 from hstu_rec.graphs import DenseGraphs
+from hstu_rec.guards import Asked, DivergenceAlarm, StepGuard, Stepped
 from hstu_rec.item_table import ItemTable, fill_rows, live_state, shard_model
 from hstu_rec.loss import SampledSoftmax
 from hstu_rec.model import NextItemModel
@@ -98,6 +99,9 @@ class Learner:
             betas=(optim.beta1, optim.beta2),
             fused=True,
         )
+        # Adam's moments move a row even where its gradient is 0.
+        self.guard = StepGuard(config.guard, self.dense, waits=config.table.optimizer == "adam")
+        self.alarm = DivergenceAlarm()
         self._zero = torch.zeros((), device=device, requires_grad=True)
         self.num_steps_planned = config.train.max_epochs * self.stream.num_steps(0)
 
@@ -113,10 +117,11 @@ class Learner:
             vectors = norm * item_vectors(pairs, dim, self.config.train.seed)
         fill_rows(self.model, self.table, vectors, self.device)
 
-    def step(self, epoch: int, index: int, step: int) -> float:
-        """One training step; returns the mean loss over all ranks' positions. Collective.
+    def step(self, epoch: int, index: int, step: int, asked: Asked = Asked()) -> Stepped:
+        """One training step. Collective.
 
-        Raises FloatingPointError on all ranks, before backward changes any row, when it is not finite.
+        Raises FloatingPointError on all ranks for a step that is not finite, which has changed nothing, and
+        when training diverges: see hstu_rec.guards. What a rank asks for, all are told.
         """
         # Before forward, where fbgemm's CPU kernels read the rate that their backward pass uses.
         self._set_rates(step)
@@ -124,7 +129,7 @@ class Learner:
         distributed.seed_torch(self.device, self.config.train.seed, step, distributed.rank())
         place = Place(epoch, index, step)
         now, ids = self.inputs.take(place)
-        ids.fetch()
+        ids.fetch(self.guard)
         later, meanwhile = partial(self.inputs.make_ahead, place.later(2)), self._zero.detach()
         if self.inputs.has_thread:
             later()
@@ -135,30 +140,19 @@ class Learner:
         (loss_sum,) = self.model(now.batch, now.negatives, now.lookup, ids, now.layout)
         self.inputs.advance()
         loss = (loss_sum + meanwhile) / now.batch.num_targets_global
-        mean = loss.detach().clone()
-        read = distributed.start_reading(mean, distributed.start_all_reduce_sum(mean))
-        known = math.nan
-
-        def check() -> None:
-            nonlocal known
-            if math.isfinite(known):
-                return
-            known = read()
-            if not math.isfinite(known):
-                raise FloatingPointError(
-                    f"the loss is {known} at step {step} (epoch {epoch}, batch {index}); no row was "
-                    "changed by it; lower optim.lr or table.lr"
-                )
-
-        ids.before_update(check)
+        self.guard.begin(place, loss, asked)
         # DDP and TorchRec both average gradients over ranks; the loss is already a global mean.
         (loss * distributed.world_size()).backward()
-        check()  # again, for a model whose rows need no gradient
         if self.config.optim.clip_norm:
             nn.utils.clip_grad_norm_(self.dense, self.config.optim.clip_norm)
+        # As torch's GradScaler tells its optimizers, which then change neither weights nor state.
+        optimizer: Any = self.optimizer
+        optimizer.found_inf = torch.where(self.guard.is_finite(), 0.0, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return known
+        stepped = self.guard.end(is_last=index + 1 == self.stream.num_steps(epoch))
+        self.alarm.see(stepped.loss, step, self.config.guard)
+        return stepped
 
     def _set_rates(self, step: int) -> None:
         factor = rate_factor(self.config.optim, step, self.num_steps_planned)

@@ -4,6 +4,7 @@ A checkpoint's meta.json holds, beside its tensors:
 
     progress   epoch, batch, step, ...: with the seed all that batches, negatives and dropout are functions of
     rates      learning rates of its last step
+    alarm      what the losses were so far
     config     every setting          data   identity of the dataset          versions   of the code
 """
 
@@ -20,7 +21,7 @@ from hstu_rec.encoder_config import EncoderConfig
 from hstu_rec.learner import Learner
 
 # What may differ when a run goes on: sections and settings that change neither the model nor its batches.
-FREE_SECTIONS = ("eval.", "checkpoint.")
+FREE_SECTIONS = ("eval.", "checkpoint.", "guard.")
 FREE = {"name", "data.path", "encoder.attention_kernel", "loss.exchange"}
 FREE |= {f"table.{name}" for name in ("sharding", "kernel", "cache_load_factor", "new_rows")}
 FREE |= {
@@ -104,7 +105,7 @@ def find(resume: str, root: Path) -> tuple[Found | None, list[str]]:
 def found_at(path: Path) -> Found:
     """The checkpoint in `path`. Raises CheckpointError when there is none that a run has left. Collective."""
     meta = checkpoint.read_meta(path)
-    if missing := {"progress", "config", "data", "versions"} - meta.keys():
+    if missing := {"progress", "config", "data", "versions", "alarm"} - meta.keys():
         raise CheckpointError(
             f"{path} does not tell its {', '.join(sorted(missing))}: no run of this version left it"
         )

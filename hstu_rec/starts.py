@@ -10,6 +10,7 @@ from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.item_map import keep_item_map
 from hstu_rec.data.stream import Sequences
 from hstu_rec.encoder_config import EncoderConfig
+from hstu_rec.guards import DivergenceAlarm
 from hstu_rec.resuming import Found, Progress
 from hstu_rec.training import Run
 from hstu_rec.warm_start import FormerRun, former_run, warm_start
@@ -85,6 +86,7 @@ class FromCheckpoint:
         found, learner = self.found, run.learner
         progress = resuming.load(found, learner, run.dataset)
         learner.continue_at(progress.steps_before + progress.step)
+        learner.alarm = DivergenceAlarm(**found.meta["alarm"])
         if self.has_other_batches and progress.batch:
             run.tracker.say(f"resume: epoch {progress.epoch} begins again, its batches are others")
             progress.batch = 0

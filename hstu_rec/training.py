@@ -6,7 +6,7 @@ steps of an epoch -> a checkpoint every checkpoint.every_minutes, and when the r
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from hstu_rec.config import RunConfig
 from hstu_rec.data.stream import Sequences
 from hstu_rec.evaluator import evaluate
 from hstu_rec.flops import history_flops, peak_flops
+from hstu_rec.guards import Asked
 from hstu_rec.learner import Learner, rate_factor
 from hstu_rec.results import PARTS, seen_bias_of
 from hstu_rec.resuming import Progress, meta_of
@@ -71,7 +72,7 @@ class Training:
 
     def stop_if_asked(self) -> None:
         """Raises Stopped on all ranks, with where it stands saved, when any was asked to. Collective."""
-        if self._agreed(self._stop.is_asked):
+        if distributed.all_reduce_max(torch.tensor(int(self._stop.is_asked))):
             self._end()
 
     def _train_epoch(self) -> tuple[float, dict[str, float]]:
@@ -82,7 +83,10 @@ class Training:
         first, began_at = progress.batch, time.monotonic()
         self._counted_at = began_at
         for index in range(first, num_steps):
-            loss = learner.step(progress.epoch, index, progress.step)
+            asked = Asked(stop=self._stop.is_asked, save=self._is_save_due())
+            loss, asked, skipped = learner.step(progress.epoch, index, progress.step, asked)
+            for step in skipped:
+                tracker.log("guard", step, {"skipped": 1})
             if progress.step % self.run.config.train.log_every_steps == 0:
                 imbalance = learner.stream.imbalance(progress.epoch, index)
                 tracker.log("train", progress.step, {"loss": loss, "imbalance": imbalance})
@@ -90,18 +94,14 @@ class Training:
             progress.batch = index + 1
             if progress.batch == num_steps:
                 progress.epoch, progress.batch = progress.epoch + 1, 0
-            if self._agreed(self._stop.is_asked):
-                self._count_time()
-                self._end()
-            if self._agreed(self._is_save_due()):
+            if asked.stop or asked.save:
                 self._count_time()
                 self._save()
+            if asked.stop:
+                self._end()
         self._count_time()
         share = (num_steps - first) / num_steps
         return loss, self._speed(share, time.monotonic() - began_at)
-
-    def _agreed(self, asked: bool) -> bool:
-        return bool(distributed.all_reduce_max(torch.tensor(int(asked))))
 
     def _end(self) -> None:
         self._save()
@@ -119,12 +119,11 @@ class Training:
         self._counted_at = now
 
     def _is_save_due(self) -> bool:
-        settings = self.run.config.checkpoint
+        """Whether there is to be a checkpoint after the step that comes."""
+        settings, done = self.run.config.checkpoint, self.progress.step + 1
         waited_s = time.monotonic() - self._saved_at
         by_time = 0 < settings.every_minutes * 60 <= waited_s
-        return by_time or (
-            settings.every_steps > 0 and self.progress.step % settings.every_steps == 0
-        )
+        return by_time or (settings.every_steps > 0 and done % settings.every_steps == 0)
 
     def _save(self) -> None:
         """Begins a checkpoint of where the run stands, unless there is one."""
@@ -133,6 +132,7 @@ class Training:
         run = self.run
         factor = rate_factor(run.config.optim, self.progress.step, run.learner.num_steps_planned)
         meta = meta_of(run.config, run.dataset, self.progress, run.made_with, factor)
+        meta["alarm"] = asdict(run.learner.alarm)
         self._saver.save(self.progress.step, run.learner.state(), meta)
         self._saved_step, self._saved_at = self.progress.step, time.monotonic()
 

@@ -29,7 +29,7 @@ LAYERS = [
     {"encoder_config"},
     {"softmax"},
     {"data", "ops"},
-    {"checkpoint", "tracking"},
+    {"checkpoint", "tracking", "guards"},
     {"hosts"},
     {"distributed", "versions", "signals"},
 ]

@@ -71,7 +71,7 @@ def test_a_padded_step_that_holds_scores_is_the_same_step(settings):
             if is_held:
                 learner.encoder.layout = hold_scores
             learner.begin()
-            losses.append([learner.step(0, at, at) for at in range(3)])
+            losses.append([learner.step(0, at, at).loss for at in range(3)])
         names = [line[:12].strip() for line in compare_steps(config, device)]
     np.testing.assert_allclose(*losses, rtol=1e-4)
     assert names == ["jagged", "padded", "padded, held"]

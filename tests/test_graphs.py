@@ -59,7 +59,7 @@ def steps(path, settings):
     with distributed.process_group() as device:
         trained = Learner(load(RunConfig, options_of(path, settings)), Dataset(path), device)
         trained.begin()
-        losses = [trained.step(0, at, at) for at in range(NUM_STEPS)]
+        losses = [trained.step(0, at, at).loss for at in range(NUM_STEPS)]
         rows = local_shards(trained.model)[0][0]
         return losses, [p.detach().clone() for p in trained.dense], rows.clone()
 
@@ -96,10 +96,10 @@ def test_a_step_is_the_same_when_its_graph_is_made_and_when_it_is_replayed(path,
     with distributed.process_group() as device:
         trained = Learner(config, Dataset(path), device)
         trained.begin()
-        first = [trained.step(0, at, at) for at in range(NUM_STEPS)]
+        first = [trained.step(0, at, at).loss for at in range(NUM_STEPS)]
         metrics = evaluate(trained.model, trained.stream.dataset, "test", config.eval, device)
         trained.model.train()
-        again = [trained.step(0, at, at) for at in range(NUM_STEPS)]
+        again = [trained.step(0, at, at).loss for at in range(NUM_STEPS)]
     assert again == pytest.approx(first, rel=1e-6)
     assert len(set(first)) == NUM_STEPS and "seen_allowed" in metrics
 

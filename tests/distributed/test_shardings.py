@@ -28,7 +28,7 @@ def shards(learner):
 def train_and_reload(path, sharding):
     """(losses, metrics, rows before and after a checkpoint)."""
     learner = make_learner(path / "data", sharding)
-    losses = [learner.step(0, index, index) for index in range(3)]
+    losses = [learner.step(0, index, index).loss for index in range(3)]
     root = path / f"{sharding}-{distributed.world_size()}"
     saved = checkpoint.save(root, 3, learner.state(), {})
     other = make_learner(path / "data", sharding)
