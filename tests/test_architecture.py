@@ -24,7 +24,7 @@ LAYERS = [
     {"model", "hstu", "co_occurrence", "flops", "negatives"},
     {"encoder", "loss", "item_table", "seen"},
     {"encoder_config"},
-    {"softmax"},
+    {"softmax", "scores"},
     {"data", "ops"},
     {"checkpoint", "tracking", "saved_rows"},
     {"hosts"},
