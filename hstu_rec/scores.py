@@ -14,6 +14,11 @@ from torch import Tensor, nn
 
 # torch's sums on CUDA may add in another order where rows are fewer than this.
 LEAST_ROWS = 64
+# Items that are searched together for the best, and how many more than asked are scored exactly.
+CHUNK_ITEMS = 2**14
+NUM_SPARE = 16
+# Norms below this have finite products.
+MAX_NORM = 1e18
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,12 @@ class ItemShard:
 
 
 def exact_scores(left: Tensor, right: Tensor) -> Tensor:
-    """float64 [n] dot products of float32 [n, D] pairs, summed in one order whatever n."""
+    """float64 [..., n] dot products of float32 [..., n, D] pairs, summed in one order whatever n."""
     products = left.double() * right.double()
     while products.shape[-1] > 1:
         half = (products.shape[-1] + 1) // 2
-        rest = products[:, half:]
-        products = products[:, :half] + nn.functional.pad(rest, (0, half - rest.shape[-1]))
+        rest = products[..., half:]
+        products = products[..., :half] + nn.functional.pad(rest, (0, half - rest.shape[-1]))
     return products.sum(-1)
 
 
@@ -79,3 +84,115 @@ def certain_bounds(exact: Tensor, reach: Tensor, rounding: float) -> tuple[Tenso
 def row_norms(vectors: Tensor) -> Tensor:
     """float64 [n] of float32 [n, D]."""
     return torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All items, to find the best of; what is scored of a row is a multiple of it."""
+
+    shard: ItemShard
+    scales: Tensor
+    """float32 [N]: the multiple, about."""
+    longest: float
+    """The largest norm of what is scored."""
+
+    @classmethod
+    def of(cls, shard: ItemShard) -> "Catalogue":
+        """Raises FloatingPointError for rows that are not finite, or so large that products may not be."""
+        scales, longest = torch.zeros(len(shard.rows)), 0.0
+        for part in _parts(len(shard.rows)):
+            norms, scored = (row_norms(rows) for rows in (shard.rows[part], shard.vectors(part)))
+            if not (norms < MAX_NORM).all():
+                raise FloatingPointError("rows of items hold NaN, infinity or numbers near it")
+            scales[part] = torch.where(norms > 0, scored / norms, 0).float()
+            longest = max(longest, float(scored.max()))
+        return cls(shard, scales, longest)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Items that are scored apart."""
+
+    owners: Tensor  # int64 [S], the query
+    items: Tensor  # int64 [S]; an item may be given several times
+    added: float
+    """What is added to their scores, in float64; -inf where they are no candidates."""
+
+    def mask(self, num_queries: int, part: slice) -> Tensor:
+        """bool [Q, C]: which items of a part are among them."""
+        is_here = (self.items >= part.start) & (self.items < part.stop)
+        mask = torch.zeros(num_queries, part.stop - part.start, dtype=torch.bool)
+        mask[self.owners[is_here], self.items[is_here] - part.start] = True
+        return mask
+
+
+@torch.no_grad()
+def best_items(
+    queries: Tensor, catalogue: Catalogue, num_best: int, seen: Seen
+) -> tuple[Tensor, Tensor]:
+    """float64 [Q, k] scores, falling, and int64 [Q, k] items of the best, on CPU; of equal scores the lower
+    item first; k is num_best or all. What is no candidate has the score -inf.
+
+    queries: float32 [Q, D]. Products in float32 choose, a chunk of items at a time, what is scored exactly:
+    num_best and some more, and the whole chunk where these are too near to others. Raises FloatingPointError
+    for queries that are not finite.
+    """
+    norms, limits = row_norms(queries), torch.finfo(torch.float32)
+    if not (norms < MAX_NORM).all():
+        raise FloatingPointError("queries are not finite: the model holds NaN or infinity")
+    num_best = min(num_best, len(catalogue.scales))
+    best = torch.full((len(queries), num_best), -torch.inf, dtype=torch.float64)
+    items = torch.zeros(best.shape, dtype=torch.int64)
+    # The second part is what underflows before it is scaled.
+    reach = norms * catalogue.longest + catalogue.scales.amax() * limits.tiny / limits.eps
+    with true_float32(queries.device):
+        for part in _parts(len(catalogue.scales)):
+            best, items = _with_chunk((best, items), queries, catalogue, part, seen, reach)
+    return best, items
+
+
+def _parts(num_items: int) -> Iterator[slice]:
+    for begin in range(0, num_items, CHUNK_ITEMS):
+        yield slice(begin, min(begin + CHUNK_ITEMS, num_items))
+
+
+def _with_chunk(
+    former: tuple[Tensor, Tensor],
+    queries: Tensor,
+    catalogue: Catalogue,
+    part: slice,
+    seen: Seen,
+    reach: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The best of the `former` and of a chunk of items that come after them."""
+    shard, num_best = catalogue.shard, former[0].shape[1]
+    is_seen = seen.mask(len(queries), part)
+    near = (queries @ shard.rows[part].float().T).mul_(catalogue.scales[part])
+    near[is_seen] += seen.added
+    least, places = near.topk(min(num_best + NUM_SPARE, near.shape[1]), sorted=False)
+    least, places = least.amin(1).double(), places.sort(1).values
+    vectors = shard.vectors(part.start + places.flatten()).unflatten(0, places.shape)
+    scores = exact_scores(queries[:, None], vectors)
+    scores[is_seen.gather(1, places)] += seen.added
+    best, items = _merged(former, scores, part.start + places)
+    if places.shape[1] == near.shape[1]:
+        return best, items
+    # No product of two sums, of the scores and of the norms, is further away.
+    rounding = 2 * (queries.shape[1] + 8) * torch.finfo(torch.float32).eps
+    _, high = certain_bounds(least, reach, rounding)
+    is_certain = (best[:, -1] > high) | least.isneginf()
+    for query in (~is_certain).nonzero()[:, 0].tolist():
+        one = slice(query, query + 1)
+        scores = exact_scores(queries[one], shard.vectors(part))[None]
+        scores[is_seen[one]] += seen.added
+        every = torch.arange(part.start, part.stop)[None]
+        best[one], items[one] = _merged((former[0][one], former[1][one]), scores, every)
+    return best, items
+
+
+def _merged(former: tuple[Tensor, Tensor], scores: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+    """The best of former ones, in order, and of `items` [Q, m], which rise and come after them."""
+    num_best = former[0].shape[1]
+    scores, order = torch.cat([former[0], scores], 1).sort(dim=1, descending=True, stable=True)
+    items = torch.cat([former[1], items], 1).gather(1, order[:, :num_best])
+    return scores[:, :num_best].contiguous(), items
