@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import struct
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from hstu_rec import bundle, checkpoint
@@ -77,7 +78,8 @@ class TrainedRun:
     def bundle_config(self, about: ExportConfig) -> BundleConfig:
         """What config.json holds, but for the files."""
         protocol = dict(self.result["protocol"])
-        data = protocol.pop("data", {}) | {"split": protocol.get("split")}
+        data = protocol.pop("data", {}) | {"split": protocol.pop("split", None)}
+        data.pop("format_version", None)  # of the dataset folder
         return BundleConfig(
             num_items=len(self.rows),
             item_map_hash=self.item_map_hash,
@@ -131,7 +133,10 @@ def open_run(folder: Path) -> TrainedRun:
     model = model_of(config.encoder, scoring, torch.empty(0))
     weights = {name: torch.empty(one.shape) for name, one in model.state_dict().items()}
     wanted = {f"model/{name}" for name in weights}
-    checkpoint.load(path, {"model": weights}, apart=lambda name: name not in wanted)
+    with warnings.catch_warnings():
+        # DCP tells that there is no process group.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        checkpoint.load(path, {"model": weights}, apart=lambda name: name not in wanted)
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return TrainedRun(folder, config, scoring, weights, rows, found, result)
 
@@ -160,7 +165,8 @@ def export(folder: Path, output: Path, about: ExportConfig) -> BundleConfig:
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     try:
-        save_file(run.weights, partial / bundle.WEIGHTS)
+        # Not save_file, whose files none but the owner may read.
+        (partial / bundle.WEIGHTS).write_bytes(save(run.weights))
         _write_vectors(partial / bundle.VECTORS, run)
         shutil.copyfile(folder / ITEM_MAP, partial / bundle.ITEMS)
         (partial / bundle.CARD).write_text(_card(config, run.result), encoding="utf-8")

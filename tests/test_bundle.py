@@ -388,6 +388,25 @@ def test_a_bundle_of_another_version_is_refused(plain, tmp_path, version, told):
         load_bundle(other)
 
 
+GOLDEN = ROOT / "tests" / "golden" / "bundle_v1"
+
+
+@pytest.mark.fault("R29")
+def test_a_bundle_of_this_format_can_always_be_read():
+    """Once exported from a run on made events; it is never made anew while its format_version is read."""
+    expected = json.loads((ROOT / "tests" / "golden" / "bundle_v1.json").read_text())
+    model = load_bundle(GOLDEN)
+    for part in ("seen_masked", "seen_allowed"):
+        filter_seen = part == "seen_masked"
+        found = model.recommend(
+            expected["events"], expected["k"], filter_seen=filter_seen
+        ).to_pylist()
+        for name in ("user_id", "rank", "item_id"):
+            assert [row[name] for row in found] == [row[name] for row in expected[part]]
+        scores = [row["score"] for row in expected[part]]
+        assert [row["score"] for row in found] == pytest.approx(scores, abs=1e-5)
+
+
 @pytest.mark.fault("R29")
 def test_a_map_of_other_items_is_refused(plain, tmp_path):
     other = shutil.copytree(plain, tmp_path / "other")
