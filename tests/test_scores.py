@@ -55,15 +55,18 @@ def rows_of(kind, num_items, dim, generator):
 @pytest.mark.parametrize(
     "kind", ["normal", "near", "equal", "few", "zero", "small", "of all sizes"]
 )
+@pytest.mark.parametrize("num_queries", [7, 13])  # fewer and more than numbers in a vector
 @pytest.mark.parametrize("added", [-np.inf, 0.3, -10.0])
-def test_the_best_items_are_those_of_a_plain_loop(monkeypatch, similarity, kind, added):
-    monkeypatch.setattr(scores, "CHUNK_ITEMS", 64)
+def test_the_best_items_are_those_of_a_plain_loop(
+    monkeypatch, similarity, kind, added, num_queries
+):
+    monkeypatch.setattr(scores, "CHUNK_ITEMS", (64, 64))
     generator = torch.Generator().manual_seed(3)
     rows = rows_of(kind, 333, 12, generator)
     catalogue, vectors = catalogue_of(rows, similarity)
-    queries = torch.randn(7, 12, generator=generator)
+    queries = torch.randn(num_queries, 12, generator=generator)
     seen = Seen(
-        torch.randint(0, 7, (200,), generator=generator),
+        torch.randint(0, num_queries, (200,), generator=generator),
         torch.randint(0, 333, (200,), generator=generator),
         added,
     )
