@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from hstu_rec.encoder import EncoderConfig, HSTUEncoder
     from hstu_rec.hstu import HSTU
     from hstu_rec.ops import jagged_attention
+    from hstu_rec.serving import ServingModel, load_bundle
     from hstu_rec.trainer import evaluate_run, train
 
 __version__ = "0.1.0"
@@ -19,8 +20,10 @@ __all__ = [
     "EncoderConfig",
     "HSTUEncoder",
     "RunConfig",
+    "ServingModel",
     "evaluate_run",
     "jagged_attention",
+    "load_bundle",
     "train",
 ]
 
@@ -29,8 +32,10 @@ _MODULE_OF = {
     "EncoderConfig": "encoder",
     "HSTUEncoder": "encoder",
     "RunConfig": "config",
+    "ServingModel": "serving",
     "evaluate_run": "trainer",
     "jagged_attention": "ops",
+    "load_bundle": "serving",
     "train": "trainer",
 }
 

@@ -10,8 +10,7 @@ certain, the rest is computed exactly, so that ranks depend neither on chunks no
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +21,7 @@ from hstu_rec import distributed
 from hstu_rec.data.stream import EvalBatch, Sequences, Split, eval_batches
 from hstu_rec.item_table import local_shards
 from hstu_rec.model import NextItemModel
+from hstu_rec.scores import ItemShard, certain_bounds, exact_scores, row_norms, true_float32
 
 # (queries, items) scored at a time: on CPU what stays in the cache, 2.6 times as fast as 1024 x 16384.
 TILE = {"cpu": (512, 512), "cuda": (1024, 2**14)}
@@ -30,8 +30,6 @@ TILE = {"cpu": (512, 512), "cuda": (1024, 2**14)}
 MAX_EXACT_NUMBERS = {"cpu": 2**20, "cuda": 2**24}
 # Widest vectors that the kernel takes.
 MAX_FUSED_WIDTH = 256
-# torch's sums on CUDA may add in another order where rows are fewer than this.
-LEAST_ROWS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,27 +60,6 @@ class EvalConfig:
         if not self.ks or min(self.ks) < 1 or len(set(self.ks)) != len(self.ks):
             found.append(f"ks must be distinct numbers of at least 1; got {list(self.ks)}")
         return found
-
-
-@dataclass(frozen=True)
-class ItemShard:
-    """A rank's rows of the catalogue; it may own none."""
-
-    rows: Tensor  # [n, D]
-    first_id: int
-    num_items: int  # of the whole catalogue
-    scored: Callable[[Tensor], Tensor] = torch.clone
-    """Of float32 rows what is scored; of each alone."""
-
-    def vectors(self, part: slice | Tensor) -> Tensor:
-        """float32 [k, D] of some rows, as they are scored."""
-        return self.score(self.rows[part])
-
-    def score(self, rows: Tensor) -> Tensor:
-        """float32 [k, D]: what is scored of rows of the table, of one row the same among any others."""
-        rows = rows.float()
-        missing = max(LEAST_ROWS - len(rows), 0)
-        return self.scored(nn.functional.pad(rows, (0, 0, 0, missing)))[: len(rows)]
 
 
 @dataclass(frozen=True)
@@ -124,11 +101,11 @@ def rank_targets(
         distributed.all_gather_rows(queries.num_recent),
     )
     seen = _distinct_seen(everyone, shard)
-    target_scores = _exact_scores(everyone.vectors, everyone.target_vectors)
+    target_scores = exact_scores(everyone.vectors, everyone.target_vectors)
     target_scores[seen.owners[seen.is_target]] += (
         seen_score * seen.is_recent[seen.is_target].double()
     )
-    with _true_float32(queries.vectors.device):
+    with true_float32(queries.vectors.device):
         at_least = _count_at_least(everyone, target_scores, shard, chunk_items)
     seen_at_least = _count_seen_at_least(everyone, target_scores, shard, seen, seen_score)
     masked = at_least - seen_at_least[0]
@@ -161,54 +138,10 @@ def _check(queries: Queries, shard: ItemShard, chunk_items: int, seen_score: flo
         )
 
 
-def _exact_scores(left: Tensor, right: Tensor) -> Tensor:
-    """float64 [n] dot products of float32 [n, D] pairs, summed in one order whatever n."""
-    products = left.double() * right.double()
-    while products.shape[-1] > 1:
-        half = (products.shape[-1] + 1) // 2
-        rest = products[:, half:]
-        products = products[:, :half] + nn.functional.pad(rest, (0, half - rest.shape[-1]))
-    return products.sum(-1)
-
-
-@contextmanager
-def _true_float32(device: torch.device) -> Iterator[None]:
-    """Products of float32 matrices in float32: TF32, bfloat16 or autocast would break the bound."""
-    mkldnn: Any = torch.backends.mkldnn  # `matmul` is missing from its annotations
-    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
-
-
 def _slices(num_rows: int, width: int, max_numbers: int) -> Iterator[slice]:
     """Row slices of at most `max_numbers` numbers, `width` of them a row."""
     size = max(1, max_numbers // max(width, 1))
     yield from (slice(begin, begin + size) for begin in range(0, num_rows, size))
-
-
-def _certain_bounds(exact: Tensor, reach: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
-    """float64 [Q] low and high: a score below low, or above high, is so exactly too.
-
-    No score is further than `rounding` times reach [Q], the product of the query's norm and the largest of
-    the items, from the exact one, plus what underflows; where products may overflow nothing is certain.
-    """
-    limits = torch.finfo(torch.float32)
-    # Also of the bounds as float32.
-    margin = rounding * (reach + limits.tiny / limits.eps) + limits.eps * exact.abs()
-    margin[reach > limits.max / 2] = torch.inf
-    return exact - margin, exact + margin
-
-
-def _norms(vectors: Tensor) -> Tensor:
-    """float64 [n] of float32 [n, D]."""
-    return torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64)
 
 
 def _count_at_least(
@@ -241,10 +174,10 @@ def _count_by_kernel(
     are left to count, because too much is near, or their numbers are too large or small for halves."""
     from hstu_rec.ops import triton_counts as kernel
 
-    norms = torch.stack([_norms(vectors), _norms(items).amax().expand(len(vectors))])
+    norms = torch.stack([row_norms(vectors), row_norms(items).amax().expand(len(vectors))])
     is_sound = ((norms > kernel.LEAST_NORM) & (norms < kernel.LARGEST_NORM)).all(0)
     of_queries, of_items = kernel.scale_of(norms)
-    low, high = _certain_bounds(exact, norms.prod(0), kernel.rounding(items.shape[1]))
+    low, high = certain_bounds(exact, norms.prod(0), kernel.rounding(items.shape[1]))
     scale = of_queries * of_items
     found = kernel.count_scores(
         kernel.halves(vectors, of_queries[:, None]),
@@ -267,7 +200,7 @@ def _add_near(
     """Adds 1 to the count of each pair's query, int64 [n], whose item, int64 [n], scores at least `exact`."""
     for part in _slices(len(query), vectors.shape[1], MAX_EXACT_NUMBERS[vectors.device.type]):
         of_query = query[part]
-        is_hit = _exact_scores(vectors[of_query], items[item[part]]) >= exact[of_query]
+        is_hit = exact_scores(vectors[of_query], items[item[part]]) >= exact[of_query]
         counts.index_add_(0, of_query, is_hit.long())
 
 
@@ -277,8 +210,8 @@ def _count_in_tiles(vectors: Tensor, exact: Tensor, items: Tensor, own: Tensor) 
     num_dims, (num_rows, num_columns) = items.shape[1], TILE[items.device.type]
     # No float32 sum of D products is further from the exact one, in whatever order.
     rounding = (num_dims + 8) * torch.finfo(torch.float32).eps
-    reach = _norms(vectors) * _norms(items).amax()
-    low, high = (bound.float() for bound in _certain_bounds(exact, reach, rounding))
+    reach = row_norms(vectors) * row_norms(items).amax()
+    low, high = (bound.float() for bound in certain_bounds(exact, reach, rounding))
     for rows in _slices(len(counts), 1, num_rows):
         query, of_rows = vectors[rows], counts[rows]
         for begin in range(0, len(items), num_columns):
@@ -346,7 +279,7 @@ def _count_seen_at_least(
     )
     limit = MAX_EXACT_NUMBERS[local.device.type]
     for part in _slices(len(row), shard.rows.shape[1], limit):
-        scores = _exact_scores(queries.vectors[row[part]], shard.vectors(local[part]))
+        scores = exact_scores(queries.vectors[row[part]], shard.vectors(local[part]))
         for count, score in zip(counts, (scores, scores + added[part]), strict=True):
             count.index_add_(0, row[part], (score >= target_scores[row[part]]).long())
     return counts

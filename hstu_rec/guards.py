@@ -68,12 +68,15 @@ class Asked(NamedTuple):
     """A checkpoint."""
 
 
+NOTHING_ASKED = Asked()
+
+
 class Stepped(NamedTuple):
     """What a step tells, the same on every rank."""
 
     loss: float
     """Mean over all ranks' positions."""
-    asked: Asked = Asked()
+    asked: Asked = NOTHING_ASKED
     """What any rank asked for."""
     skipped: tuple[int, ...] = ()
     """Steps found to have changed nothing: on CPU this one, on CUDA also the one before."""
@@ -109,7 +112,9 @@ class StepGuard:
         self._num_skipped = 0  # in a row
         self._square = self._is_finite = None
 
-    def begin(self, place: tuple[int, int, int], loss: Tensor, asked: Asked = Asked()) -> None:
+    def begin(
+        self, place: tuple[int, int, int], loss: Tensor, asked: Asked = NOTHING_ASKED
+    ) -> None:
         """Takes the (epoch, batch, step) and this rank's part, a scalar, of the mean loss. Collective."""
         self._place, self._loss = place, loss.detach()
         self._square = self._is_finite = None

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torchrec.distributed import DistributedModelParallel
 
 TABLE = "item"
+# Of the rows in the state of a model whose `table` is an ItemTable.
+ROWS_NAME = f"table.collection.embeddings.{TABLE}.weight"
 FEATURE = "item_id"
 # Rows are initialised in blocks of this many, each from its own seed, so that a row's first value
 # depends neither on the number of ranks nor on the sharding plan.

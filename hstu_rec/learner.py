@@ -20,7 +20,7 @@ from hstu_rec.encoder import HSTUEncoder
 from hstu_rec.encoder_config import EncoderConfig, chosen_kernel
 from hstu_rec.flops import history_flops
 from hstu_rec.graphs import DenseGraphs
-from hstu_rec.guards import Asked, DivergenceAlarm, StepGuard, Stepped
+from hstu_rec.guards import NOTHING_ASKED, Asked, DivergenceAlarm, StepGuard, Stepped
 from hstu_rec.item_table import ItemTable, fill_rows, live_state, shard_model
 from hstu_rec.loss import SampledSoftmax
 from hstu_rec.model import NextItemModel
@@ -117,7 +117,7 @@ class Learner:
             vectors = norm * item_vectors(pairs, dim, self.config.train.seed)
         fill_rows(self.model, self.table, vectors, self.device)
 
-    def step(self, epoch: int, index: int, step: int, asked: Asked = Asked()) -> Stepped:
+    def step(self, epoch: int, index: int, step: int, asked: Asked = NOTHING_ASKED) -> Stepped:
         """One training step. Collective.
 
         Raises FloatingPointError on all ranks for a step that is not finite, which has changed nothing, and

@@ -7,6 +7,7 @@ import torch
 from hstu_rec import evaluator
 from hstu_rec.evaluator import ItemShard, Queries, rank_targets
 from hstu_rec.ops import triton_counts
+from hstu_rec.scores import certain_bounds
 from tests import oracles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -159,7 +160,7 @@ def test_few_scores_are_too_near_to_decide():
         torch.linalg.vector_norm(vectors.double(), dim=1)
         * torch.linalg.vector_norm(items.double(), dim=1).max()
     )
-    low, high = evaluator._certain_bounds(exact, reach, triton_counts.rounding(64))
+    low, high = certain_bounds(exact, reach, triton_counts.rounding(64))
     scores = vectors.double() @ items.double().T
     near = (scores >= low[:, None]) & (scores <= high[:, None])
     assert near.sum(1).max() < 10

@@ -16,6 +16,8 @@ MANIFEST, META, TENSORS = "manifest.json", "meta.json", "tensors.json"
 FORMAT_VERSION = 2
 STEP_NAME = re.compile(r"step_(\d{8,})(\.old)?")
 POINTER_NAME = re.compile(r"[a-z][a-z0-9_-]*")
+# What a rank writes. No file of another name is opened.
+PART_NAME = re.compile(r"__\d+_\d+\.distcp")
 Group = dist.ProcessGroup | None
 
 # A checkpoint could not be written, found, verified or loaded; raised on every rank.
@@ -140,6 +142,9 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
         complete = all({"size", "sha256"} <= entry.keys() for entry in files.values())
         if not complete or not {META, TENSORS} <= files.keys():
             raise ValueError("entries are missing")
+        for name in files.keys() - {META, TENSORS}:
+            if not PART_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is no file of a checkpoint")
     except FileNotFoundError as error:
         raise ValueError(f"{MANIFEST} is missing") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -154,6 +159,8 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
 def _problem(path: Path, expected: dict[str, Any]) -> str:
     """One sentence, or "" for a file that is as it was written."""
     try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            return f"{path.name} is no plain file"
         size = path.stat().st_size
         if size != expected["size"]:
             return f"{path.name} has {size} bytes instead of {expected['size']}"

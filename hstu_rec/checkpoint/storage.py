@@ -8,7 +8,6 @@ DCP pickles its `.metadata`, and whoever unpickles a file runs what its writer p
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from hstu_rec.checkpoint.folder import TENSORS, write_file
-
-# What a rank writes; no other file is opened.
-PART_NAME = re.compile(r"__\d+_\d+\.distcp")
+from hstu_rec.checkpoint.folder import PART_NAME, TENSORS, write_file
 
 
 class StorageWriter(FileSystemWriter):

@@ -14,6 +14,7 @@ from typing import Literal
 import duckdb
 
 from hstu_rec.data.database import row, scalar
+from hstu_rec.data.dataset import LATEST_S
 from hstu_rec.data.sources import Staged
 
 TimeUnit = Literal["auto", "s", "ms", "us", "ns"]
@@ -22,7 +23,6 @@ BadRows = Literal["raise", "drop"]
 TICKS_PER_S = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 # Bands that do not touch: 1973 to 2286 in each unit. A value in none of them is ambiguous.
 BANDS = {unit: (10**8 * ticks, 10**10 * ticks) for unit, ticks in TICKS_PER_S.items()}
-LATEST_S = 10**11
 
 INTEGER = r"(0|-?[1-9][0-9]*)"
 NUMBER = r"-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][-+]?[0-9]+)?"

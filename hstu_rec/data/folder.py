@@ -5,22 +5,21 @@ a query of item, timestamp, time: user after user, in order  --> events.arrow, c
 items(place, item_id)                                        --> items.parquet
 """
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hstu_rec.data import dataset
 from hstu_rec.data.database import row
 from hstu_rec.data.mapped import arrow_writer
+from hstu_rec.data.own_ids import hash_items
 from hstu_rec.data.tally import Tally
 
 QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
@@ -128,20 +127,6 @@ def measure(connection: duckdb.DuckDBPyConnection, tally: Tally) -> dict[str, An
 def _item_ids(connection: duckdb.DuckDBPyConnection) -> pa.RecordBatchReader:
     """Own ids of the items (column item_id), by index."""
     return connection.sql("SELECT item_id FROM items ORDER BY place").to_arrow_reader(READ_ROWS)
-
-
-def hash_items(batches: Iterable[pa.Array]) -> str:
-    """SHA-256 of the own ids in index order: equal hashes mean equal item maps."""
-    lengths, values = hashlib.sha256(), hashlib.sha256()
-    for ids in batches:
-        if pa.types.is_integer(ids.type):
-            values.update(np.ascontiguousarray(ids.to_numpy(), dtype="<i8").tobytes())
-            continue
-        raw = ids.cast(pa.large_binary())
-        sizes = pc.binary_length(raw).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
-        lengths.update(np.ascontiguousarray(sizes, dtype="<i8").tobytes())
-        values.update(b"".join(raw.to_pylist()))
-    return hashlib.sha256(lengths.digest() + values.digest()).hexdigest()
 
 
 def write_stats(stats: dict[str, Any], folder: Path) -> None:

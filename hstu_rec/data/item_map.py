@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from hstu_rec.data.database import database
 from hstu_rec.data.dataset import ITEMS, parts
-from hstu_rec.data.folder import hash_items
+from hstu_rec.data.own_ids import hash_items
 from hstu_rec.data.sources import quoted
 
 ITEM_MAP = "items.parquet"

@@ -1,0 +1,228 @@
+"""A trained run in the shared form (hstu_rec.bundle): its best checkpoint, without a process group or a GPU.
+
+    RUN/checkpoints/best  --verify--> dense weights          --> model.safetensors
+                          --blocks--> rows of the item table --> item_vectors.safetensors
+    RUN/items.parquet, result.json, config.yaml              --> items.parquet, README.md, config.json
+
+Nothing larger than a block of rows is held. The folder is written under another name and then renamed.
+"""
+
+import json
+import os
+import shutil
+import struct
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from hstu_rec import bundle, checkpoint
+from hstu_rec.bundle import BundleConfig, Scoring, model_of
+from hstu_rec.checkpoint.saved_rows import SavedRows
+from hstu_rec.config import RunConfig, load
+from hstu_rec.data.folder import sync
+from hstu_rec.data.item_map import ITEM_MAP, item_map_hash
+from hstu_rec.data.own_ids import ItemIndex, typed_ids
+from hstu_rec.item_table import ROWS_NAME
+from hstu_rec.report import listing, metric_table
+from hstu_rec.serving import ServingModel
+from hstu_rec.versions import versions
+
+BLOCK_ROWS = 2**16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What a bundle says of itself beside what the run tells."""
+
+    name: str = ""
+    """Name of the model; that of the run when empty."""
+    description: str = ""
+    """A text for the README.md."""
+    license: str = ""
+    """Licence of the weights, for the README.md."""
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a bundle is made of."""
+
+    folder: Path
+    config: RunConfig
+    scoring: Scoring
+    weights: dict[str, Tensor]
+    """Dense, by name."""
+    rows: SavedRows
+    item_map_hash: str
+    result: dict[str, Any]
+
+    def vectors(self) -> Iterator[Tensor]:
+        """float32 [BLOCK_ROWS, D] rows by index, the last fewer. Raises ValueError for NaN or infinity."""
+        for begin in range(0, len(self.rows), BLOCK_ROWS):
+            end = min(begin + BLOCK_ROWS, len(self.rows))
+            block = self.rows.take(np.arange(begin, end))
+            if not block.isfinite().all():
+                raise ValueError(
+                    f"{self.folder}: rows {begin}..{end - 1} of the item table hold NaN or infinity; train "
+                    "again with lower rates"
+                )
+            yield block
+
+    def bundle_config(self, about: ExportConfig) -> BundleConfig:
+        """What config.json holds, but for the files."""
+        protocol = dict(self.result["protocol"])
+        data = protocol.pop("data", {}) | {"split": protocol.pop("split", None)}
+        data.pop("format_version", None)  # of the dataset folder
+        return BundleConfig(
+            num_items=len(self.rows),
+            item_map_hash=self.item_map_hash,
+            # A kernel is the choice of a machine.
+            encoder=replace(self.config.encoder, attention_kernel="auto"),
+            scoring=self.scoring,
+            files={},
+            about={
+                "name": about.name or self.config.name,
+                "description": about.description,
+                "license": about.license,
+                "data": data,
+                "metrics": {"protocol": protocol}
+                | {split: self.result[split] for split in ("valid", "test")},
+                "versions": {"trained": self.result["versions"], "exported": versions()},
+            },
+        )
+
+
+def open_run(folder: Path) -> TrainedRun:
+    """A finished run's best checkpoint, verified. Raises ValueError, or FileNotFoundError for what is no
+    finished run with a catalogue of its own."""
+    needed = ("config.yaml", "result.json", ITEM_MAP, "checkpoints")
+    if missing := [name for name in needed if not (folder / name).exists()]:
+        raise FileNotFoundError(
+            f"{folder} cannot be exported: {', '.join(missing)} missing; give the folder of a run that is "
+            f"through, as apps/train.py leaves it (one on data.path=synthetic has no {ITEM_MAP})"
+        )
+    config = load(RunConfig, [str(folder / "config.yaml")])
+    path = checkpoint.resolve(folder / "checkpoints", "best")
+    found = item_map_hash(folder / ITEM_MAP)
+    if checkpoint.read_meta(path).get("items") not in (None, found):
+        raise ValueError(
+            f"{folder / ITEM_MAP} does not hold the items that {path} was trained on; give a run folder as "
+            "it was written"
+        )
+    rows = SavedRows(path, f"model/{ROWS_NAME}")
+    shape = (pq.read_metadata(folder / ITEM_MAP).num_rows, config.encoder.dim)
+    if (rows.shape, rows.dtype) != (shape, torch.float32):
+        raise ValueError(
+            f"{path}: the item table is {rows.dtype} {list(rows.shape)}, {folder}/config.yaml and "
+            f"{ITEM_MAP} tell of torch.float32 {list(shape)}; give a run folder as it was written"
+        )
+    loss = config.loss
+    scoring = Scoring(
+        similarity=loss.similarity,
+        temperature=loss.temperature,
+        use_seen_bias=loss.use_seen_bias,
+        precision=config.train.precision,
+    )
+    model = model_of(config.encoder, scoring, torch.empty(0))
+    weights = {name: torch.empty(one.shape) for name, one in model.state_dict().items()}
+    wanted = {f"model/{name}" for name in weights}
+    with warnings.catch_warnings():
+        # DCP tells that there is no process group.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        checkpoint.load(path, {"model": weights}, apart=lambda name: name not in wanted)
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return TrainedRun(folder, config, scoring, weights, rows, found, result)
+
+
+def serve_run(folder: Path) -> ServingModel:
+    """The model of a finished run, in memory, without a bundle between; raises as `open_run`."""
+    run = open_run(folder)
+    model = model_of(run.config.encoder, run.scoring, torch.cat([*run.vectors()]))
+    model.load_state_dict(run.weights, assign=True)
+    items = pq.read_table(folder / ITEM_MAP, columns=["item_id"]).column("item_id")
+    model.eval().requires_grad_(False)
+    return ServingModel(run.bundle_config(ExportConfig()), model, ItemIndex(typed_ids(items)))
+
+
+def export(folder: Path, output: Path, about: ExportConfig) -> BundleConfig:
+    """Writes the bundle `output` of the run in `folder`: whole, or not at all.
+
+    Raises ValueError when `output` is there already, and as `open_run`.
+    """
+    if output.exists() or output.is_symlink():
+        raise ValueError(f"{output} is there already; remove it, or give another folder")
+    run = open_run(folder)
+    config = run.bundle_config(about)
+    partial = output.with_name(output.name + ".tmp")
+    if partial.exists():  # of an export that was stopped
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        # Not save_file, whose files none but the owner may read.
+        (partial / bundle.WEIGHTS).write_bytes(save(run.weights))
+        _write_vectors(partial / bundle.VECTORS, run)
+        shutil.copyfile(folder / ITEM_MAP, partial / bundle.ITEMS)
+        (partial / bundle.CARD).write_text(_card(config, run.result), encoding="utf-8")
+        names = (bundle.WEIGHTS, bundle.VECTORS, bundle.ITEMS, bundle.CARD)
+        config = replace(config, files={name: bundle.digest(partial / name) for name in names})
+        content = {"format_version": bundle.FORMAT_VERSION, **asdict(config)}
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+        (partial / bundle.CONFIG).write_text(text, encoding="utf-8")
+        sync(partial)
+        os.rename(partial, output)
+        sync(output.absolute().parent, is_deep=False)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return config
+
+
+def _write_vectors(path: Path, run: TrainedRun) -> None:
+    """A safetensors file, which is: the header's length, uint64; the header, JSON; the numbers, little-endian
+    (the library itself writes tensors that are in memory)."""
+    num_items, dim = run.rows.shape
+    entry = {"dtype": "F32", "shape": [num_items, dim], "data_offsets": [0, num_items * dim * 4]}
+    header = json.dumps({bundle.ITEM_VECTORS: entry}).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for block in run.vectors():
+            file.write(block.numpy().astype("<f4", copy=False).data)
+
+
+def _card(config: BundleConfig, result: dict[str, Any]) -> str:
+    """README.md."""
+    about, encoder = config.about, config.encoder
+    at = ", at=now" if encoder.query_time == "next" else ""
+    usage = (
+        "```python\nfrom hstu_rec import load_bundle\n\n"
+        "# one row an event: own ids, unix seconds\n"
+        'events = {"user_id": [...], "item_id": [...], "timestamp": [...]}\n'
+        f'load_bundle("FOLDER").recommend(events, k=10{at})\n```'
+    )
+    model = {
+        "items": config.num_items,
+        "attention": encoder.attention,
+        "width, layers, heads": f"{encoder.dim}, {encoder.num_layers}, {encoder.num_heads}",
+        "events of a history": encoder.max_history_len,
+        "similarity": config.scoring.similarity,
+        "uses the time of the request": encoder.query_time == "next",
+        **({"licence": about["license"]} if about["license"] else {}),
+    }
+    sections = {
+        f"# {about['name']}": "A sequential recommender of hstu_rec: an HSTU encoder and the vectors of "
+        f"{config.num_items:,} items.\n\n{about['description']}".strip(),
+        "## Use": usage,
+        "## Model": listing(model, "part"),
+        "## Data": listing(about["data"], "statistic"),
+        "## Metrics": f"```text\n{metric_table(result)}\n```",
+        "## Versions": listing(about["versions"], "package"),
+    }
+    return "\n\n".join(f"{head}\n\n{body}" for head, body in sections.items()) + "\n"
