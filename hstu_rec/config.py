@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
+from hstu_rec import failures
 from hstu_rec.data.stream import DataConfig
 from hstu_rec.data.synthetic import SYNTHETIC
 from hstu_rec.distributed import DeviceChoice, Precision
@@ -249,12 +250,13 @@ def help_text(schema: type) -> str:
 
 
 def run_app(main: Callable[[list[str]], None]) -> None:
-    """Runs an app's `main(arguments)`: a user's mistake is a sentence and exit code 2."""
+    """Runs an app's `main(arguments)`; see failures for how it ends when it fails."""
+    failures.show_crashes()
     try:
         main([a for a in sys.argv[1:] if a != "--"])
-    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    except Exception as error:
+        failures.end(error)
+        raise
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
         sys.exit(130)

@@ -25,10 +25,12 @@ LAYERS = [
     {"encoder", "loss", "item_table", "seen"},
     {"encoder_config"},
     {"softmax"},
+    {"failures"},
     {"data", "ops"},
     {"checkpoint", "tracking", "saved_rows"},
     {"hosts"},
     {"distributed", "versions"},
+    {"meeting"},
 ]
 TORCHREC_USERS = {"item_table.py"}
 ENVIRONMENT_READERS = {"distributed.py"}
