@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
-from hstu_rec import distributed
+from hstu_rec import failures
 from hstu_rec.checkpoint import CheckpointConfig
 from hstu_rec.data.stream import DataConfig
 from hstu_rec.data.synthetic import SYNTHETIC
@@ -32,7 +32,6 @@ from hstu_rec.evaluator import EvalConfig
 from hstu_rec.guards import GuardConfig
 from hstu_rec.item_table import TableConfig
 from hstu_rec.loss import LossConfig
-from hstu_rec.signals import Stopped
 
 T = TypeVar("T")
 BASE_KEY = "base"
@@ -263,16 +262,13 @@ def help_text(schema: type) -> str:
 
 
 def run_app(main: Callable[[list[str]], None]) -> None:
-    """Runs an app's `main(arguments)`: a user's mistake is a sentence and exit code 2."""
+    """Runs an app's `main(arguments)`; see failures for how it ends when it fails."""
+    failures.show_crashes()
     try:
         main([a for a in sys.argv[1:] if a != "--"])
-    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except Stopped as error:
-        if distributed.launched_rank() == 0:
-            print(f"{error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+    except Exception as error:
+        failures.end(error)
+        raise
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
         sys.exit(130)

@@ -8,8 +8,10 @@ import ctypes
 import functools
 import hashlib
 import os
+import signal
 import socket
 import struct
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
@@ -21,6 +23,9 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from hstu_rec.meeting import Meeting
 
 T = TypeVar("T", bound=Any)
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -31,7 +36,8 @@ RANDOM_USES: tuple[RandomUse, ...] = get_args(RandomUse)
 
 # A rank that dies is noticed by its peers after this long, when the launcher does not stop them first.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-
+# torchrun ends its processes well within this after it was asked to.
+STOPPED_WITHIN_S = 10.0
 
 # glibc's mallopt: numbers of the settings, and the largest threshold that it accepts.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -63,11 +69,24 @@ def start(device: DeviceChoice = "auto") -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         if is_launched():
             _check_reachable()
-            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+            _meet(backend)
         else:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
     return chosen
+
+
+# Of this process's group, when a launcher started it.
+_meeting: Meeting | None = None
+
+
+def _meet(backend: str) -> None:
+    global _meeting
+    store, own, count = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    _meeting = Meeting(store, own, count, COLLECTIVE_TIMEOUT)
+    dist.init_process_group(
+        backend, store=_meeting.store, rank=own, world_size=count, timeout=COLLECTIVE_TIMEOUT
+    )
 
 
 def _check_reachable() -> None:
@@ -209,11 +228,19 @@ def stop() -> None:
 
 @contextmanager
 def process_group(device: DeviceChoice = "auto") -> Iterator[torch.device]:
-    """`start()` on entry and, if this call made the group, `stop()` on exit."""
+    """`start()` on entry and, if this call made the group, `stop()` on exit.
+
+    A failure is told to all processes, and one that waited for the process that failed raises what was told:
+    ValueError for a mistake, else PeerLost.
+    """
     is_ours = not dist.is_initialized()
-    chosen = start(device)
     try:
-        yield chosen
+        yield start(device)
+    except Exception as error:
+        explained = error if _meeting is None else _meeting.explained(error)
+        if explained is error:
+            raise
+        raise explained from error
     finally:
         if is_ours:
             stop()
@@ -252,6 +279,22 @@ def is_launched() -> bool:
 def launched_rank() -> int:
     """The rank the launcher gave this process, known before any process group exists."""
     return int(os.environ.get("RANK", "0"))
+
+
+def end_restarts() -> None:
+    """Where torchrun would start this process again: has it end all of its own instead, and waits for that.
+
+    For a failure that would come again. One process of a host asks, because a torchrun that is asked twice
+    leaves its work half done.
+    """
+    count, most = (
+        int(os.environ.get(f"TORCHELASTIC_{n}", "0")) for n in ("RESTART_COUNT", "MAX_RESTARTS")
+    )
+    if count < most:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to be saved
+        if os.environ["LOCAL_RANK"] == "0":
+            os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(STOPPED_WITHIN_S)
 
 
 def seed_torch(device: torch.device, *parts: int) -> None:

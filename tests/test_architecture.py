@@ -29,10 +29,12 @@ LAYERS = [
     {"encoder", "loss", "item_table", "seen"},
     {"encoder_config"},
     {"softmax", "scores"},
+    {"failures"},
     {"data", "ops"},
     {"checkpoint", "tracking", "guards"},
     {"hosts"},
-    {"distributed", "versions", "signals"},
+    {"distributed", "versions"},
+    {"meeting", "signals"},
 ]
 TORCHREC_USERS = {"item_table.py"}
 ENVIRONMENT_READERS = {"distributed.py"}

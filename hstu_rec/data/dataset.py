@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hstu_rec.data.mapped import open_arrow, views, whole
+from hstu_rec.data.mapped import OpenFiles, open_arrow, views, whole
 
 FORMAT_VERSION = 2
 EVENT_CHUNK_ROWS = 2**22
@@ -119,6 +119,7 @@ class Dataset:
         self.path = Path(path)
         self.stats = read_stats(self.path)
         check_fingerprint(self.path, self.stats)
+        self._files = OpenFiles(self.path / name for name in MAPPED)
         users = open_arrow(self.path / "users.arrow")
         self._user_ids = users.column("user_id")
         self.starts, self.lengths, self.train_ends, self.valid_ends = (
@@ -187,8 +188,9 @@ class Dataset:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Events [begins[b], ends[b]) of each user, as (items [T], timestamps [T] in s, offsets [B+1]).
 
-        Positions count from the user's first event. All int64.
+        Positions count from the user's first event. All int64. Raises ValueError when a mapped file was cut.
         """
+        self._files.check()
         counts = ends - begins
         offsets = offsets_of(counts)
         first = self.starts[users] + begins
