@@ -24,10 +24,10 @@ LAYERS = [
     {"model", "hstu", "co_occurrence", "flops", "negatives"},
     {"encoder", "loss", "item_table", "seen"},
     {"encoder_config"},
-    {"softmax"},
+    {"softmax", "ranking"},
     {"data", "ops"},
     {"checkpoint", "tracking", "saved_rows"},
-    {"hosts"},
+    {"hosts", "portions"},
     {"distributed", "versions"},
 ]
 TORCHREC_USERS = {"item_table.py"}

@@ -6,13 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hstu_rec import distributed, evaluator
+from hstu_rec import distributed, evaluator, ranking
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.stream import check_frequent, eval_batches
-from hstu_rec.evaluator import EvalConfig, ItemShard, Queries, rank_metrics, rank_targets
+from hstu_rec.evaluator import EvalConfig, rank_metrics
 from hstu_rec.item_table import local_shards
 from hstu_rec.learner import Learner
+from hstu_rec.portions import Portion
+from hstu_rec.ranking import ItemShard, Queries, rank_targets
 from tests import oracles
 from tests.datasets import write_dataset
 
@@ -30,10 +32,14 @@ def make_queries(items, vectors, targets, seen=None, num_recent=None):
     return Queries(vectors, items[targets], targets, seen_ids, offsets, recent)
 
 
+def chunk_of(num_items):
+    return Portion("eval.chunk_items", num_items)
+
+
 def ranks_of(items, vectors, targets, seen=None, chunk_items=7, seen_score=0.0, num_recent=None):
     queries = make_queries(items, vectors, targets, seen, num_recent)
     shard = ItemShard(items, 0, len(items))
-    allowed, masked = rank_targets(queries, shard, chunk_items, seen_score)
+    allowed, masked = rank_targets(queries, shard, chunk_of(chunk_items), seen_score)
     return allowed.tolist(), masked.tolist()
 
 
@@ -77,8 +83,8 @@ def test_the_target_is_never_masked_and_repeats_of_a_seen_item_count_once():
 @pytest.mark.parametrize("chunk_items", [1, 13, 500])
 @pytest.mark.parametrize("max_numbers", [1, 2**20])
 def test_scores_within_rounding_are_decided_exactly(monkeypatch, chunk_items, max_numbers):
-    monkeypatch.setattr(evaluator, "MAX_EXACT_NUMBERS", {"cpu": max_numbers})
-    monkeypatch.setattr(evaluator, "TILE", {"cpu": (4, 24)})
+    monkeypatch.setattr(ranking, "MAX_EXACT_NUMBERS", {"cpu": max_numbers})
+    monkeypatch.setattr(ranking, "TILE", {"cpu": (4, 24)})
     dim, num_items = 33, 120
     items = normal(1, dim).repeat(num_items, 1)
     place = torch.arange(num_items)
@@ -156,7 +162,7 @@ def test_values_that_are_not_finite_are_an_error(bad, where):
     shard = ItemShard(items.clone(), 0, 20)
     (shard.rows if where == "shard" else getattr(queries, where))[-1, 2] = bad
     with pytest.raises(FloatingPointError, match="NaN or infinity"):
-        rank_targets(queries, shard, 7)
+        rank_targets(queries, shard, chunk_of(7))
 
 
 @pytest.mark.parametrize("bad", [-1, 20, 2**40])
@@ -166,7 +172,7 @@ def test_ids_outside_the_catalogue_are_an_error_that_names_them(bad, is_target):
     seen, offsets = jagged([[1, 2 if is_target else bad]])
     queries = Queries(items[:1], items[:1], ids, seen, offsets, offsets.diff())
     with pytest.raises(ValueError, match=rf"outside the catalogue 0\.\.19.*\[{bad}\]"):
-        rank_targets(queries, ItemShard(items, 0, 20), 7)
+        rank_targets(queries, ItemShard(items, 0, 20), chunk_of(7))
 
 
 def test_the_seen_score_is_added_to_seen_items_and_to_a_seen_target():
@@ -192,7 +198,7 @@ def test_no_query_and_no_row_give_no_rank_and_no_count():
     items = normal(20, 4)
     assert ranks_of(items, torch.zeros(0, 4), []) == ([], [])
     queries = make_queries(items, normal(2, 4, seed=1), [4, 5], [[1], [2]])
-    allowed, masked = rank_targets(queries, ItemShard(items[:0], 20, 20), 7)
+    allowed, masked = rank_targets(queries, ItemShard(items[:0], 20, 20), chunk_of(7))
     assert allowed.tolist() == masked.tolist() == [0, 0]
 
 

@@ -9,7 +9,9 @@ import torch
 from hstu_rec import distributed
 from hstu_rec.baselines import baseline_metrics
 from hstu_rec.data.dataset import Dataset
-from hstu_rec.evaluator import ItemShard, Queries, rank_metrics, rank_targets
+from hstu_rec.evaluator import rank_metrics
+from hstu_rec.portions import Portion
+from hstu_rec.ranking import ItemShard, Queries, rank_targets
 from tests import oracles
 from tests.datasets import write_dataset
 from tests.ranks import run_ranks
@@ -79,9 +81,13 @@ def query_bounds(num_queries):
     return even, [0, *[num_queries] * world_size], [*[0] * world_size, num_queries]
 
 
+def chunk_of(num_items):
+    return Portion("eval.chunk_items", num_items)
+
+
 def error_of(queries, shard):
     try:
-        rank_targets(queries, shard, 6)
+        rank_targets(queries, shard, chunk_of(6))
     except (FloatingPointError, ValueError) as error:
         return type(error).__name__
     return "none"
@@ -117,7 +123,7 @@ def rank_everything(dataset_path):
         for way, bounds in enumerate(query_bounds(len(case[1]))):
             queries, shard = my_part(case, bounds)
             for chunk_items, seen_score in product(CHUNKS, SEEN_SCORES):
-                allowed, masked = rank_targets(queries, shard, chunk_items, seen_score)
+                allowed, masked = rank_targets(queries, shard, chunk_of(chunk_items), seen_score)
                 assert allowed.dtype == masked.dtype == torch.int64
                 parts[name, way, chunk_items, seen_score] = allowed.tolist(), masked.tolist()
             masked = torch.tensor(parts[name, way, 1000, 0.0][1], dtype=torch.int64)
@@ -127,7 +133,7 @@ def rank_everything(dataset_path):
         "parts": parts,
         "metrics": metrics,
         "rows": [len(my_part(make_case(name), [0] * 9)[1].rows) for name in SIZES],
-        "no queries": [ranks.tolist() for ranks in rank_targets(empty, shard, 6)],
+        "no queries": [ranks.tolist() for ranks in rank_targets(empty, shard, chunk_of(6))],
         "errors": errors_on_one_rank(),
         "baselines": baseline_metrics(Dataset(dataset_path), "test", KS),
     }
