@@ -24,6 +24,7 @@ from hstu_rec.evaluator import evaluate
 from hstu_rec.flops import history_flops, peak_flops
 from hstu_rec.learner import Learner, check_graphs, resolved
 from hstu_rec.report import metric_table, write_report
+from hstu_rec.runs import measured_config
 from hstu_rec.tracking import Tracker
 from hstu_rec.versions import versions
 from hstu_rec.warm_start import FormerRun, former_run, warm_start
@@ -91,15 +92,14 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 
 def evaluate_run(folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """Validation and test metrics of a finished run's best checkpoint, at any world size. Collective."""
-    if not (folder / "config.yaml").is_file():
-        what = "has no config.yaml" if folder.is_dir() else "does not exist"
-        raise FileNotFoundError(
-            f"{folder} is no run folder: it {what}; give one that apps/train.py wrote, "
-            "runs/<time>-<name>"
-        )
-    config = load(RunConfig, [str(folder / "config.yaml"), *overrides])
-    with distributed.process_group(config.train.device) as device:
+    """Validation and test metrics of a finished run's best checkpoint, at any world size. Collective.
+
+    Raises ValueError on all ranks for overrides that would make another model, or change nothing.
+    """
+    with distributed.process_group():
+        configs = hosts.together(lambda: measured_config(folder, overrides))
+        config = configs[distributed.rank()]
+        device = hosts.together(lambda: distributed.start(config.train.device))[distributed.rank()]
         dataset = _opened(config, versions())
         # Of how it was trained; here it need not be a GPU.
         train = replace(config.train, cuda_graphs=False, compile=False)
