@@ -1,5 +1,7 @@
 """Exact ranks in one process: the definition, rounding, ties, bad values; metrics."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -58,11 +60,13 @@ def test_the_best_item_has_rank_0_and_the_worst_the_last():
     assert ranks_of(items, torch.ones(4, 1), [0, 1, 2, 3])[0] == [3, 0, 2, 1]
 
 
+@pytest.mark.fault("R23")
 def test_ties_are_never_hits():
     items = torch.tensor([[1.0], [2.0], [2.0], [2.0]])
     assert ranks_of(items, torch.ones(4, 1), [0, 1, 2, 3])[0] == [3, 2, 2, 2]
 
 
+@pytest.mark.fault("R23")
 @pytest.mark.parametrize("dim", [1, 5, 64])
 @pytest.mark.parametrize("chunk_items", [1, 8, 1000])
 def test_a_table_of_equal_rows_ranks_every_target_last(dim, chunk_items):
@@ -112,6 +116,7 @@ def test_a_float32_sum_that_overflows_on_its_way_to_a_small_score_is_not_a_hit()
     assert ranks_of(items, torch.ones(1, 4), [0])[0] == [0]
 
 
+@pytest.mark.fault("R22")
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_ranks_equal_the_slow_formula(data):
@@ -194,6 +199,7 @@ def test_a_seen_score_that_is_not_finite_is_an_error():
         ranks_of(items, items[:2], [0, 1], seen_score=float("nan"))
 
 
+@pytest.mark.fault("R21")
 def test_no_query_and_no_row_give_no_rank_and_no_count():
     items = normal(20, 4)
     assert ranks_of(items, torch.zeros(0, 4), []) == ([], [])
@@ -230,6 +236,60 @@ def evaluated(folder, settings):
         [min(len(history), 4) for history in histories],
     )
     return found, allowed, masked, sequences
+
+
+@pytest.mark.fault("R23")
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_a_model_of_equal_rows_has_a_recall_of_0(tmp_path, similarity):
+    sequences = [[item, item + 1, item + 2, item + 3] for item in range(30)]
+    dataset = write_dataset(tmp_path / "data", sequences, num_items=33)
+    settings = [f"data.path={tmp_path / 'data'}", f"loss.similarity={similarity}"]
+    config = load(RunConfig, ["encoder.dim=8", "eval.ks=[1,10,28]", *settings])
+    with distributed.process_group("cpu") as device:
+        learner = Learner(config, dataset, device)
+        ((rows, _),) = local_shards(learner.model)
+        rows.copy_(torch.randn(8).expand_as(rows))
+        found = evaluator.evaluate(learner.model, dataset, "test", config.eval, device)
+    # Masked, three of the 33 items are no candidates: the rank is 29.
+    for part, rank in (("seen_masked", 29), ("seen_allowed", 32)):
+        assert found[part] == pytest.approx(oracles.metrics([rank], config.eval.ks))
+        assert found[part]["recall@10"] == found[part]["recall@28"] == 0
+
+
+def test_what_is_called_after_a_batch_may_end_the_evaluation(tmp_path):
+    dataset = write_dataset(tmp_path / "data", [[0, 1, 2, 3]] * 5)
+    config = load(RunConfig, [f"data.path={tmp_path / 'data'}", "eval.batch_users=2"])
+    calls = []
+
+    def stop():
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with distributed.process_group("cpu") as device:
+        learner = Learner(config, dataset, device)
+        learner.model.train()
+        with pytest.raises(KeyboardInterrupt):
+            evaluator.evaluate(learner.model, dataset, "test", config.eval, device, stop)
+        assert learner.model.training and len(calls) == 2
+        evaluator.evaluate(
+            learner.model, dataset, "test", config.eval, device, lambda: calls.append(1)
+        )
+    assert len(calls) == 2 + 3
+
+
+def test_a_long_ranking_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
+    dataset = write_dataset(tmp_path / "data", [[0, 1, 2, 3]] * 7)
+    config = load(RunConfig, [f"data.path={tmp_path / 'data'}", "eval.batch_users=2"])
+    with distributed.process_group("cpu") as device:
+        learner = Learner(config, dataset, device)
+        evaluator.evaluate(learner.model, dataset, "valid", config.eval, device)
+        assert "ranking" not in capsys.readouterr().err
+        monkeypatch.setattr(evaluator, "BAR_AFTER_S", 0.05)
+        evaluator.evaluate(
+            learner.model, dataset, "valid", config.eval, device, lambda: time.sleep(0.04)
+        )
+    assert "ranking, valid: 100%" in capsys.readouterr().err
 
 
 def test_the_learned_seen_bias_is_added_to_what_the_encoder_is_given_of_the_history(tmp_path):

@@ -151,6 +151,7 @@ def found(request, dataset):
     return run_ranks(request.param, rank_everything, dataset.path)
 
 
+@pytest.mark.fault("R22")
 def test_ranks_equal_the_slow_formula_for_any_ranks_shards_and_chunks(found):
     for name in SIZES:
         for seen_score in SEEN_SCORES:
@@ -164,18 +165,21 @@ def test_ranks_equal_the_slow_formula_for_any_ranks_shards_and_chunks(found):
                     assert together == expected[which], key
 
 
+@pytest.mark.fault("R21")
 def test_a_rank_without_rows_takes_part(found):
     rows = np.array([result["rows"] for result in found])
     assert rows.sum(0).tolist() == [num_items for num_items, _ in SIZES.values()]
     assert (rows == 0).any() == (len(found) > 1)
 
 
+@pytest.mark.fault("R23")
 def test_a_table_of_equal_rows_is_never_a_hit(found):
     for chunk_items in CHUNKS:
         by_rank = [result["parts"]["all equal", 0, chunk_items, 0.0][0] for result in found]
         assert [rank for part in by_rank for rank in part] == [36] * 6
 
 
+@pytest.mark.fault("R22")
 def test_metrics_are_equal_to_the_last_bit_on_all_ranks_and_for_any_division(found):
     for name in SIZES:
         masked = oracles.ranks(*make_case(name))[1]
@@ -186,6 +190,7 @@ def test_metrics_are_equal_to_the_last_bit_on_all_ranks_and_for_any_division(fou
                 assert result["metrics"][name, way] == expected
 
 
+@pytest.mark.fault("R21")
 def test_no_query_on_any_rank_is_no_hang(found):
     assert all(result["no queries"] == [[], []] for result in found)
 
@@ -201,6 +206,7 @@ def test_what_is_wrong_on_one_rank_raises_on_all(found):
     assert [result["errors"] for result in found] == [expected] * len(found)
 
 
+@pytest.mark.fault("R21")
 def test_baselines_of_five_users_do_not_depend_on_the_number_of_ranks(found, dataset):
     expected = baseline_metrics(dataset, "test", KS)
     assert [result["baselines"] for result in found] == [expected] * len(found)
