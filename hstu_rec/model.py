@@ -88,10 +88,24 @@ class NextItemModel(nn.Module):
             dense = self.graphs or self.dense
             return (dense(gathered, batch, negatives, layout),)
         history, targets = gathered.split(lookup.counts)
-        encoded = self._encoded(history, batch, layout)
-        # One query a user, at its newest event, as it is scored, and its target as it is in the table.
-        newest = encoded[batch.offsets[1:] - 1]
-        return self.loss.query_vectors(newest), targets
+        return self.queries(history, batch, layout), targets
+
+    def look_up(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """Rows [T, D] of the histories and [B, D] of the targets of a batch of queries. Collective."""
+        lookup = Lookup.of(batch)
+        history, targets = (
+            self.table(lookup.ids).index_select(0, lookup.places).split(lookup.counts)
+        )
+        return history, targets
+
+    def queries(
+        self, history: Tensor, batch: SequenceBatch, layout: JaggedLayout | None = None
+    ) -> Tensor:
+        """One query a user [B, D], at its newest event, as it is scored, from rows [T, D] of the histories.
+
+        It waits for no other rank.
+        """
+        return self.loss.query_vectors(self._encoded(history, batch, layout)[batch.offsets[1:] - 1])
 
     def dense(
         self,

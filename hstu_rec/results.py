@@ -1,5 +1,6 @@
 """The figures of a trained model, as result.json has them."""
 
+from collections.abc import Callable
 from typing import Any
 
 from hstu_rec import distributed
@@ -21,10 +22,11 @@ def result_of(
     dataset: Sequences,
     progress: Progress,
     made_with: dict[str, str | None],
+    after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """The final figures of the model that `learner` holds. Collective."""
+    """The final figures of the model that `learner` holds; after_batch: of `evaluate`. Collective."""
     valid, test = (
-        evaluate(learner.model, dataset, split, config.eval, learner.device)
+        evaluate(learner.model, dataset, split, config.eval, learner.device, after_batch)
         for split in ("valid", "test")
     )
     baselines = (

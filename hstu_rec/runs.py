@@ -27,6 +27,10 @@ TREE = Path(__file__).parent.parent
 TRAIN_APP = TREE / "apps" / "train.py"
 # What quality sets itself in every run.
 OWN_KEYS = ("train.seed", "train.run_dir", "train.resume")
+# What may differ where a run is measured again.
+MEASURING_KEYS = (
+    r"eval\..*|data\.path|train\.(device|precision)|encoder\.attention_kernel|table\.sharding"
+)
 POLL_S = 0.2
 # torchrun gives its processes 30 s to end.
 STOP_S = 40.0
@@ -88,6 +92,35 @@ def identity(config: RunConfig) -> dict[str, Any]:
 def identity_of_data(facts: dict[str, Any]) -> dict[str, Any]:
     """Statistics without the time that they took."""
     return {name: value for name, value in facts.items() if name != "prepare_s"}
+
+
+def measured_config(folder: Path, overrides: Sequence[str]) -> RunConfig:
+    """The configuration of a run, to measure it again with other `MEASURING_KEYS`.
+
+    Raises FileNotFoundError when `folder` is no run's, ValueError for a setting that would make another model
+    or change nothing.
+    """
+    written = folder / "config.yaml"
+    if not written.is_file():
+        what = f"has no {written.name}" if folder.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"{folder} is no run folder: it {what}; give one that apps/train.py wrote, "
+            "runs/<time>-<name>"
+        )
+    config = load(RunConfig, [str(written), *overrides])
+    trained = leaves(load(RunConfig, [str(written)]))
+    changed = [
+        f"{key} (trained with {trained[key]}, given {value})"
+        for key, value in leaves(config).items()
+        if value != trained[key] and not re.fullmatch(MEASURING_KEYS, key)
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} is measured as it was trained; without effect, or of another model: "
+            f"{', '.join(changed)}; what may be given is eval.*, data.path, train.device, train.precision, "
+            "encoder.attention_kernel and table.sharding"
+        )
+    return config
 
 
 def finished(run: Run) -> dict[str, Any] | None:

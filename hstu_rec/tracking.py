@@ -63,20 +63,8 @@ class Tracker:
             self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
 
     def bar(self, total: int, description: str, unit: str) -> "tqdm[Any]":
-        """A progress bar on stderr: `update(n)`, `set_postfix_str(text)`, `close()`.
-
-        Where stderr is no terminal it prints whole lines instead: one at most every 10 s, and one
-        on `close()`.
-        """
-        bar_class = _Bar if sys.stderr.isatty() else _LineBar
-        return bar_class(
-            total=total,
-            desc=description,
-            unit=unit,
-            disable=not self._is_main,
-            dynamic_ncols=True,
-            file=sys.stderr,
-        )
+        """A progress bar, as `bar` makes it; shown by this tracker's rank 0 alone."""
+        return bar(total, description, unit, is_shown=self._is_main)
 
     def say(self, text: str) -> None:
         """Prints `text` on stdout, above the bar if one is shown."""
@@ -110,6 +98,27 @@ class Tracker:
         # After a resume TensorBoard hides the steps of the stopped run that are done again.
         purge_step = step if step <= self._last_known_step else None
         return SummaryWriter(str(self._folder / "tensorboard"), purge_step=purge_step)
+
+
+def bar(
+    total: int, description: str, unit: str, *, is_shown: bool = True, after_s: float = 0.0
+) -> "tqdm[Any]":
+    """A progress bar on stderr: `update(n)`, `set_postfix_str(text)`, `close()`; a context as well.
+
+    Where stderr is no terminal it prints whole lines instead: one at most every 10 s, and one on `close()`.
+    One with `after_s` is shown when it takes longer than that, and wiped from a terminal at its end.
+    """
+    is_terminal = sys.stderr.isatty()
+    return (_Bar if is_terminal else _LineBar)(
+        total=total,
+        desc=description,
+        unit=unit,
+        disable=not is_shown,
+        delay=after_s,
+        leave=not (is_terminal and after_s),
+        dynamic_ncols=True,
+        file=sys.stderr,
+    )
 
 
 class Stages:

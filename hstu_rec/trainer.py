@@ -10,11 +10,12 @@ from typing import Any
 
 from hstu_rec import checkpoint, distributed, hosts, resuming
 from hstu_rec.checkpoint import Saver
-from hstu_rec.config import RunConfig, leaves, load, save, to_yaml
+from hstu_rec.config import RunConfig, leaves, save, to_yaml
 from hstu_rec.data.stream import Sequences, check_frequent, open_dataset
 from hstu_rec.learner import Learner, check_graphs, resolved
 from hstu_rec.report import metric_table, write_report
 from hstu_rec.results import result_of
+from hstu_rec.runs import measured_config
 from hstu_rec.signals import StopRequest
 from hstu_rec.starts import load_best, start_of
 from hstu_rec.tracking import METRICS_FILE, Tracker
@@ -53,8 +54,9 @@ def train(config: RunConfig) -> dict[str, Any]:
             training = Training(run, progress, saver, stop)
             training.train()
             load_best(run)
-            training.stop_if_asked()
-            result = result_of(config, learner, dataset, progress, made_with)
+            result = result_of(
+                config, learner, dataset, progress, made_with, training.stop_if_asked
+            )
             tracker.log("test", progress.step, result["test"]["seen_allowed"])
         if distributed.is_main():
             write_report(folder, result, to_yaml(config))
@@ -64,15 +66,14 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 
 def evaluate_run(folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """Validation and test metrics of a finished run's best checkpoint, at any world size. Collective."""
-    if not (folder / "config.yaml").is_file():
-        what = "has no config.yaml" if folder.is_dir() else "does not exist"
-        raise FileNotFoundError(
-            f"{folder} is no run folder: it {what}; give one that apps/train.py wrote, "
-            "runs/<time>-<name>"
-        )
-    config = load(RunConfig, [str(folder / "config.yaml"), *overrides])
-    with distributed.process_group(config.train.device) as device:
+    """Validation and test metrics of a finished run's best checkpoint, at any world size. Collective.
+
+    Raises ValueError on all ranks for overrides that would make another model, or change nothing.
+    """
+    with distributed.process_group():
+        configs = hosts.together(lambda: measured_config(folder, overrides))
+        config = configs[distributed.rank()]
+        device = hosts.together(lambda: distributed.start(config.train.device))[distributed.rank()]
         dataset = _opened(config, versions())
         # Of how it was trained; here it need not be a GPU.
         train = replace(config.train, cuda_graphs=False, compile=False)

@@ -71,7 +71,7 @@ class Training:
                 bar.set_postfix_str(f"loss {loss:.3f}  {_shown(speed)}")
 
     def stop_if_asked(self) -> None:
-        """Raises Stopped on all ranks, with where it stands saved, when any was asked to. Collective."""
+        """Raises Stopped on all ranks when any was asked to, between steps that are saved. Collective."""
         if distributed.all_reduce_max(torch.tensor(int(self._stop.is_asked))):
             self._end()
 
@@ -104,7 +104,6 @@ class Training:
         return loss, self._speed(share, time.monotonic() - began_at)
 
     def _end(self) -> None:
-        self._save()
         self._saver.wait()
         folder, step = self.run.folder, self.progress.step
         raise Stopped(
@@ -152,7 +151,12 @@ class Training:
         select = run.config.train.select
         self._save()
         metrics = evaluate(
-            run.learner.model, run.dataset, "valid", run.config.eval, run.learner.device
+            run.learner.model,
+            run.dataset,
+            "valid",
+            run.config.eval,
+            run.learner.device,
+            after_batch=self.stop_if_asked,
         )
         flat = {f"{part}/{name}": value for part in PARTS for name, value in metrics[part].items()}
         value = flat[select]

@@ -28,11 +28,12 @@ LAYERS = [
     {"model", "hstu", "co_occurrence", "flops", "negatives"},
     {"encoder", "loss", "item_table", "seen"},
     {"encoder_config"},
+    {"ranking"},
     {"softmax", "scores"},
     {"failures"},
     {"data", "ops"},
     {"checkpoint", "tracking", "guards"},
-    {"hosts"},
+    {"hosts", "portions"},
     {"distributed", "versions"},
     {"meeting", "signals"},
 ]

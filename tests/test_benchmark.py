@@ -17,9 +17,9 @@ from hstu_rec.benchmarks.ranking import RankingTimes, ranking_times
 from hstu_rec.benchmarks.steps import PaddedStream, compare_steps, figures_by_epoch, hold_scores
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.dataset import Dataset
-from hstu_rec.evaluator import rank_targets
 from hstu_rec.learner import Learner
 from hstu_rec.ops import jagged_attention_reference
+from hstu_rec.ranking import rank_targets
 from hstu_rec.trainer import train
 from tests.datasets import write_dataset
 
@@ -238,8 +238,8 @@ def test_timed_ranks_are_checked(sizes):
 
 
 def test_a_wrong_rank_is_not_timed(monkeypatch):
-    def too_low(queries, shard, chunk_items):
-        allowed, masked = rank_targets(queries, shard, chunk_items)
+    def too_low(queries, shard, chunk):
+        allowed, masked = rank_targets(queries, shard, chunk)
         return allowed, masked - 1
 
     monkeypatch.setattr(ranking, "rank_targets", too_low)

@@ -1,18 +1,23 @@
 """Exact ranks in one process: the definition, rounding, ties, bad values; metrics."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hstu_rec import distributed, evaluator
+from hstu_rec import distributed, evaluator, ranking
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.stream import check_frequent, eval_batches
-from hstu_rec.evaluator import EvalConfig, ItemShard, Queries, rank_metrics, rank_targets
+from hstu_rec.evaluator import EvalConfig, rank_metrics
 from hstu_rec.item_table import local_shards
 from hstu_rec.learner import Learner
+from hstu_rec.portions import Portion
+from hstu_rec.ranking import Queries, rank_targets
+from hstu_rec.scores import ItemShard
 from tests import oracles
 from tests.datasets import write_dataset
 
@@ -30,10 +35,14 @@ def make_queries(items, vectors, targets, seen=None, num_recent=None):
     return Queries(vectors, items[targets], targets, seen_ids, offsets, recent)
 
 
+def chunk_of(num_items):
+    return Portion("eval.chunk_items", num_items)
+
+
 def ranks_of(items, vectors, targets, seen=None, chunk_items=7, seen_score=0.0, num_recent=None):
     queries = make_queries(items, vectors, targets, seen, num_recent)
     shard = ItemShard(items, 0, len(items))
-    allowed, masked = rank_targets(queries, shard, chunk_items, seen_score)
+    allowed, masked = rank_targets(queries, shard, chunk_of(chunk_items), seen_score)
     return allowed.tolist(), masked.tolist()
 
 
@@ -52,11 +61,13 @@ def test_the_best_item_has_rank_0_and_the_worst_the_last():
     assert ranks_of(items, torch.ones(4, 1), [0, 1, 2, 3])[0] == [3, 0, 2, 1]
 
 
+@pytest.mark.fault("R23")
 def test_ties_are_never_hits():
     items = torch.tensor([[1.0], [2.0], [2.0], [2.0]])
     assert ranks_of(items, torch.ones(4, 1), [0, 1, 2, 3])[0] == [3, 2, 2, 2]
 
 
+@pytest.mark.fault("R23")
 @pytest.mark.parametrize("dim", [1, 5, 64])
 @pytest.mark.parametrize("chunk_items", [1, 8, 1000])
 def test_a_table_of_equal_rows_ranks_every_target_last(dim, chunk_items):
@@ -77,8 +88,8 @@ def test_the_target_is_never_masked_and_repeats_of_a_seen_item_count_once():
 @pytest.mark.parametrize("chunk_items", [1, 13, 500])
 @pytest.mark.parametrize("max_numbers", [1, 2**20])
 def test_scores_within_rounding_are_decided_exactly(monkeypatch, chunk_items, max_numbers):
-    monkeypatch.setattr(evaluator, "MAX_EXACT_NUMBERS", {"cpu": max_numbers})
-    monkeypatch.setattr(evaluator, "TILE", {"cpu": (4, 24)})
+    monkeypatch.setattr(ranking, "MAX_EXACT_NUMBERS", {"cpu": max_numbers})
+    monkeypatch.setattr(ranking, "TILE", {"cpu": (4, 24)})
     dim, num_items = 33, 120
     items = normal(1, dim).repeat(num_items, 1)
     place = torch.arange(num_items)
@@ -106,6 +117,7 @@ def test_a_float32_sum_that_overflows_on_its_way_to_a_small_score_is_not_a_hit()
     assert ranks_of(items, torch.ones(1, 4), [0])[0] == [0]
 
 
+@pytest.mark.fault("R22")
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_ranks_equal_the_slow_formula(data):
@@ -156,7 +168,7 @@ def test_values_that_are_not_finite_are_an_error(bad, where):
     shard = ItemShard(items.clone(), 0, 20)
     (shard.rows if where == "shard" else getattr(queries, where))[-1, 2] = bad
     with pytest.raises(FloatingPointError, match="NaN or infinity"):
-        rank_targets(queries, shard, 7)
+        rank_targets(queries, shard, chunk_of(7))
 
 
 @pytest.mark.parametrize("bad", [-1, 20, 2**40])
@@ -166,7 +178,7 @@ def test_ids_outside_the_catalogue_are_an_error_that_names_them(bad, is_target):
     seen, offsets = jagged([[1, 2 if is_target else bad]])
     queries = Queries(items[:1], items[:1], ids, seen, offsets, offsets.diff())
     with pytest.raises(ValueError, match=rf"outside the catalogue 0\.\.19.*\[{bad}\]"):
-        rank_targets(queries, ItemShard(items, 0, 20), 7)
+        rank_targets(queries, ItemShard(items, 0, 20), chunk_of(7))
 
 
 def test_the_seen_score_is_added_to_seen_items_and_to_a_seen_target():
@@ -188,11 +200,12 @@ def test_a_seen_score_that_is_not_finite_is_an_error():
         ranks_of(items, items[:2], [0, 1], seen_score=float("nan"))
 
 
+@pytest.mark.fault("R21")
 def test_no_query_and_no_row_give_no_rank_and_no_count():
     items = normal(20, 4)
     assert ranks_of(items, torch.zeros(0, 4), []) == ([], [])
     queries = make_queries(items, normal(2, 4, seed=1), [4, 5], [[1], [2]])
-    allowed, masked = rank_targets(queries, ItemShard(items[:0], 20, 20), 7)
+    allowed, masked = rank_targets(queries, ItemShard(items[:0], 20, 20), chunk_of(7))
     assert allowed.tolist() == masked.tolist() == [0, 0]
 
 
@@ -224,6 +237,60 @@ def evaluated(folder, settings):
         [min(len(history), 4) for history in histories],
     )
     return found, allowed, masked, sequences
+
+
+@pytest.mark.fault("R23")
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_a_model_of_equal_rows_has_a_recall_of_0(tmp_path, similarity):
+    sequences = [[item, item + 1, item + 2, item + 3] for item in range(30)]
+    dataset = write_dataset(tmp_path / "data", sequences, num_items=33)
+    settings = [f"data.path={tmp_path / 'data'}", f"loss.similarity={similarity}"]
+    config = load(RunConfig, ["encoder.dim=8", "eval.ks=[1,10,28]", *settings])
+    with distributed.process_group("cpu") as device:
+        learner = Learner(config, dataset, device)
+        ((rows, _),) = local_shards(learner.model)
+        rows.copy_(torch.randn(8).expand_as(rows))
+        found = evaluator.evaluate(learner.model, dataset, "test", config.eval, device)
+    # Masked, three of the 33 items are no candidates: the rank is 29.
+    for part, rank in (("seen_masked", 29), ("seen_allowed", 32)):
+        assert found[part] == pytest.approx(oracles.metrics([rank], config.eval.ks))
+        assert found[part]["recall@10"] == found[part]["recall@28"] == 0
+
+
+def test_what_is_called_after_a_batch_may_end_the_evaluation(tmp_path):
+    dataset = write_dataset(tmp_path / "data", [[0, 1, 2, 3]] * 5)
+    config = load(RunConfig, [f"data.path={tmp_path / 'data'}", "eval.batch_users=2"])
+    calls = []
+
+    def stop():
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with distributed.process_group("cpu") as device:
+        learner = Learner(config, dataset, device)
+        learner.model.train()
+        with pytest.raises(KeyboardInterrupt):
+            evaluator.evaluate(learner.model, dataset, "test", config.eval, device, stop)
+        assert learner.model.training and len(calls) == 2
+        evaluator.evaluate(
+            learner.model, dataset, "test", config.eval, device, lambda: calls.append(1)
+        )
+    assert len(calls) == 2 + 3
+
+
+def test_a_long_ranking_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
+    dataset = write_dataset(tmp_path / "data", [[0, 1, 2, 3]] * 7)
+    config = load(RunConfig, [f"data.path={tmp_path / 'data'}", "eval.batch_users=2"])
+    with distributed.process_group("cpu") as device:
+        learner = Learner(config, dataset, device)
+        evaluator.evaluate(learner.model, dataset, "valid", config.eval, device)
+        assert "ranking" not in capsys.readouterr().err
+        monkeypatch.setattr(evaluator, "BAR_AFTER_S", 0.05)
+        evaluator.evaluate(
+            learner.model, dataset, "valid", config.eval, device, lambda: time.sleep(0.04)
+        )
+    assert "ranking, valid: 100%" in capsys.readouterr().err
 
 
 def test_the_learned_seen_bias_is_added_to_what_the_encoder_is_given_of_the_history(tmp_path):

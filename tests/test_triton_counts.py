@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from hstu_rec import evaluator
-from hstu_rec.evaluator import ItemShard, Queries, rank_targets
+from hstu_rec import ranking
 from hstu_rec.ops import triton_counts
-from hstu_rec.scores import certain_bounds
+from hstu_rec.portions import Portion
+from hstu_rec.ranking import Queries, rank_targets
+from hstu_rec.scores import ItemShard, certain_bounds
 from tests import oracles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -16,7 +17,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.fixture(autouse=True)
 def fused(monkeypatch):
     """The kernel, also where no GPU is, and several programs."""
-    monkeypatch.setattr(evaluator, "_fuses", lambda vectors: True)
+    monkeypatch.setattr(ranking, "_fuses", lambda vectors: True)
     monkeypatch.setattr(triton_counts, "NUM_PROGRAMS", 4)
     if DEVICE.type == "cpu":
         # The interpreter sums products of float16 in float16; as float32 they are the same numbers.
@@ -40,7 +41,8 @@ def ranks_of(items, vectors, targets, seen, chunk_items):
             for t in (vectors, items[targets], targets, ids, offsets, torch.zeros_like(targets))
         )
     )
-    found = rank_targets(queries, ItemShard(items.to(DEVICE), 0, len(items)), chunk_items)
+    shard = ItemShard(items.to(DEVICE), 0, len(items))
+    found = rank_targets(queries, shard, Portion("eval.chunk_items", chunk_items))
     return tuple(ranks.tolist() for ranks in found)
 
 
@@ -52,7 +54,7 @@ def not_in_tiles(monkeypatch):
     def refuse(*_):
         raise AssertionError("the kernel should have decided")
 
-    monkeypatch.setattr(evaluator, "_count_in_tiles", refuse)
+    monkeypatch.setattr(ranking, "_count_in_tiles", refuse)
 
 
 @pytest.mark.parametrize("chunk_items", [50, 128, 1000])

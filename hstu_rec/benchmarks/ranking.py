@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from hstu_rec import distributed
 from hstu_rec.benchmarks.timing import median_s, peak_gib
-from hstu_rec.evaluator import EvalConfig, ItemShard, Queries, rank_targets
+from hstu_rec.evaluator import EvalConfig
+from hstu_rec.portions import Portion
+from hstu_rec.ranking import LEAST_CHUNK_ITEMS, Queries, rank_targets
+from hstu_rec.scores import ItemShard
 
 # (items, width) that are ranked unless told.
 SIZES = {"cuda": (10_000_000, 128), "cpu": (1_000_000, 64)}
@@ -62,13 +65,14 @@ def ranking_times(config: RankingTimes, device: torch.device) -> Iterator[str]:
     items, dim = SIZES[device.type]
     items, dim = config.num_items or items, config.dim or dim
     shard, queries = _made(config, items, dim, device)
+    chunk = Portion("chunk_items", config.chunk_items, LEAST_CHUNK_ITEMS)
 
     def work() -> None:
-        rank_targets(queries, shard, config.chunk_items)
+        rank_targets(queries, shard, chunk)
 
     gib = peak_gib(work, device)
     seconds = median_s(work, config.repeats, device)
-    num_wrong = _num_wrong(config, shard, queries)
+    num_wrong = _num_wrong(config, shard, queries, chunk)
     if num_wrong:
         raise ArithmeticError(f"{num_wrong} ranks differ from those counted in float64")
     checked = distributed.all_reduce_sum(
@@ -105,10 +109,10 @@ def _made(
     )
 
 
-def _num_wrong(config: RankingTimes, shard: ItemShard, queries: Queries) -> int:
+def _num_wrong(config: RankingTimes, shard: ItemShard, queries: Queries, chunk: Portion) -> int:
     """How many checked ranks of all processes, allowed or masked, are not those of float64."""
     count = config.num_checked
-    found = [ranks[:count] for ranks in rank_targets(queries, shard, config.chunk_items)]
+    found = [ranks[:count] for ranks in rank_targets(queries, shard, chunk)]
     all_vectors, mine = distributed.all_gather_placed(queries.vectors[:count].double())
     targets = distributed.all_gather_rows(queries.target_vectors[:count].double())
     exact = (all_vectors * targets).sum(1)

@@ -221,6 +221,30 @@ class EvalBatch:
     seen_ids: torch.Tensor
     seen_offsets: torch.Tensor
 
+    def part(self, users: slice) -> "EvalBatch":
+        """The queries of some of the users, of which there may be fewer than the slice says."""
+        begin, end, _ = users.indices(len(self.users))
+        if end - begin == len(self.users):
+            return self
+        history = self.history
+        offsets, seen_offsets = (
+            one[begin : end + 1] for one in (history.offsets, self.seen_offsets)
+        )
+        events, seen = (slice(*one[[0, -1]].tolist()) for one in (offsets, seen_offsets))
+        return EvalBatch(
+            users=self.users[begin:end],
+            history=SequenceBatch(
+                item_ids=history.item_ids[events],
+                timestamps=history.timestamps[events],
+                next_timestamps=history.next_timestamps[events],
+                offsets=offsets - offsets[0],
+                target_ids=history.target_ids[begin:end],
+                num_targets_global=end - begin,
+            ),
+            seen_ids=self.seen_ids[seen],
+            seen_offsets=seen_offsets - seen_offsets[0],
+        )
+
 
 def eval_users(dataset: Sequences, split: Split) -> tuple[np.ndarray, np.ndarray]:
     """int64 [Q] users with a history and a target of `split`, and int64 [Q] where the target is in it.

@@ -9,7 +9,10 @@ import torch
 from hstu_rec import distributed
 from hstu_rec.baselines import baseline_metrics
 from hstu_rec.data.dataset import Dataset
-from hstu_rec.evaluator import ItemShard, Queries, rank_metrics, rank_targets
+from hstu_rec.evaluator import rank_metrics
+from hstu_rec.portions import Portion
+from hstu_rec.ranking import Queries, rank_targets
+from hstu_rec.scores import ItemShard
 from tests import oracles
 from tests.datasets import write_dataset
 from tests.ranks import run_ranks
@@ -79,9 +82,13 @@ def query_bounds(num_queries):
     return even, [0, *[num_queries] * world_size], [*[0] * world_size, num_queries]
 
 
+def chunk_of(num_items):
+    return Portion("eval.chunk_items", num_items)
+
+
 def error_of(queries, shard):
     try:
-        rank_targets(queries, shard, 6)
+        rank_targets(queries, shard, chunk_of(6))
     except (FloatingPointError, ValueError) as error:
         return type(error).__name__
     return "none"
@@ -117,7 +124,7 @@ def rank_everything(dataset_path):
         for way, bounds in enumerate(query_bounds(len(case[1]))):
             queries, shard = my_part(case, bounds)
             for chunk_items, seen_score in product(CHUNKS, SEEN_SCORES):
-                allowed, masked = rank_targets(queries, shard, chunk_items, seen_score)
+                allowed, masked = rank_targets(queries, shard, chunk_of(chunk_items), seen_score)
                 assert allowed.dtype == masked.dtype == torch.int64
                 parts[name, way, chunk_items, seen_score] = allowed.tolist(), masked.tolist()
             masked = torch.tensor(parts[name, way, 1000, 0.0][1], dtype=torch.int64)
@@ -127,7 +134,7 @@ def rank_everything(dataset_path):
         "parts": parts,
         "metrics": metrics,
         "rows": [len(my_part(make_case(name), [0] * 9)[1].rows) for name in SIZES],
-        "no queries": [ranks.tolist() for ranks in rank_targets(empty, shard, 6)],
+        "no queries": [ranks.tolist() for ranks in rank_targets(empty, shard, chunk_of(6))],
         "errors": errors_on_one_rank(),
         "baselines": baseline_metrics(Dataset(dataset_path), "test", KS),
     }
@@ -145,6 +152,7 @@ def found(request, dataset):
     return run_ranks(request.param, rank_everything, dataset.path)
 
 
+@pytest.mark.fault("R22")
 def test_ranks_equal_the_slow_formula_for_any_ranks_shards_and_chunks(found):
     for name in SIZES:
         for seen_score in SEEN_SCORES:
@@ -158,18 +166,21 @@ def test_ranks_equal_the_slow_formula_for_any_ranks_shards_and_chunks(found):
                     assert together == expected[which], key
 
 
+@pytest.mark.fault("R21")
 def test_a_rank_without_rows_takes_part(found):
     rows = np.array([result["rows"] for result in found])
     assert rows.sum(0).tolist() == [num_items for num_items, _ in SIZES.values()]
     assert (rows == 0).any() == (len(found) > 1)
 
 
+@pytest.mark.fault("R23")
 def test_a_table_of_equal_rows_is_never_a_hit(found):
     for chunk_items in CHUNKS:
         by_rank = [result["parts"]["all equal", 0, chunk_items, 0.0][0] for result in found]
         assert [rank for part in by_rank for rank in part] == [36] * 6
 
 
+@pytest.mark.fault("R22")
 def test_metrics_are_equal_to_the_last_bit_on_all_ranks_and_for_any_division(found):
     for name in SIZES:
         masked = oracles.ranks(*make_case(name))[1]
@@ -180,6 +191,7 @@ def test_metrics_are_equal_to_the_last_bit_on_all_ranks_and_for_any_division(fou
                 assert result["metrics"][name, way] == expected
 
 
+@pytest.mark.fault("R21")
 def test_no_query_on_any_rank_is_no_hang(found):
     assert all(result["no queries"] == [[], []] for result in found)
 
@@ -195,6 +207,7 @@ def test_what_is_wrong_on_one_rank_raises_on_all(found):
     assert [result["errors"] for result in found] == [expected] * len(found)
 
 
+@pytest.mark.fault("R21")
 def test_baselines_of_five_users_do_not_depend_on_the_number_of_ranks(found, dataset):
     expected = baseline_metrics(dataset, "test", KS)
     assert [result["baselines"] for result in found] == [expected] * len(found)

@@ -1,12 +1,14 @@
 """Whole runs on several ranks: measured again at any number of them, and gone on with after a stop."""
 
 import json
+import runpy
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from hstu_rec import distributed
 from hstu_rec.config import RunConfig, load
 from hstu_rec.trainer import evaluate_run, train
 from hstu_rec.training import Training
@@ -60,11 +62,43 @@ def test_the_result_is_written_and_returned_alike(run):
     assert json.loads((folder / "result.json").read_text()) == result
 
 
+@pytest.mark.fault("R22")
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_evaluation_at_any_number_of_ranks_gives_the_figures_of_the_run(run, world_size):
     folder, result = run
     for again in run_ranks(world_size, evaluate_run, folder, []):
         assert measured(again) == measured(result)
+
+
+@pytest.mark.parametrize(
+    "setting", ["loss.similarity=dot", "optim.lr=0.5", "train.seed=9", "encoder.window=3", "name=x"]
+)
+def test_what_makes_another_model_or_changes_nothing_is_refused(run, setting):
+    with pytest.raises(ValueError, match=r"is measured as it was trained; .* what may be given is"):
+        evaluate_run(run[0], ["train.device=cpu", setting])
+
+
+def refused_on_rank_1(folder: Path) -> str:
+    """What the process is told when one of two has no such folder."""
+    with pytest.raises(ValueError) as raised:
+        evaluate_run(folder if distributed.rank() == 0 else folder / "nowhere", [])
+    return str(raised.value)
+
+
+def test_all_ranks_end_when_one_does_not_find_the_run(run):
+    for sentence in run_ranks(2, refused_on_rank_1, run[0]):
+        assert "nowhere is no run folder: it does not exist" in sentence
+
+
+def test_evaluate_prints_figures_over_frequent_targets_too(run, capsys):
+    script = runpy.run_path(str(Path(__file__).parents[2] / "apps" / "evaluate.py"))
+    script["main"]([str(run[0]), "eval.min_train_count=6", "train.device=cpu"])
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed["test"] == run[1]["test"] and printed["valid"] == run[1]["valid"]
+    frequent = printed["frequent"]
+    assert frequent["min_train_count"] == 6 and 0 < frequent["num_targets"] < 41
+    assert frequent["test"]["seen_masked"].keys() == printed["test"]["seen_masked"].keys()
+    assert frequent["test"] != printed["test"]
 
 
 class Stopped(Exception):

@@ -91,8 +91,11 @@ class FaultTable:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--fault-table=FILE."""
+    """--fault-table=FILE and --soak-minutes=NUMBER."""
     parser.addoption("--fault-table", metavar="FILE", help="write the table of faults and promises")
+    parser.addoption(
+        "--soak-minutes", type=float, default=60.0, help="how long the soak test trains; 60"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
