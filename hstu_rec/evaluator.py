@@ -22,6 +22,7 @@ from hstu_rec import distributed
 from hstu_rec.data.stream import EvalBatch, Sequences, Split, eval_batches
 from hstu_rec.item_table import local_shards
 from hstu_rec.model import NextItemModel
+from hstu_rec.settings import at_least
 
 # (queries, items) scored at a time: on CPU what stays in the cache, 2.6 times as fast as 1024 x 16384.
 TILE = {"cpu": (512, 512), "cuda": (1024, 2**14)}
@@ -52,13 +53,8 @@ class EvalConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
-        found = [
-            f"{name} must be at least 1; got {getattr(self, name)}"
-            for name in ("batch_users", "chunk_items")
-            if getattr(self, name) < 1
-        ]
-        if self.min_train_count < 0:
-            found.append(f"min_train_count must be at least 0; got {self.min_train_count}")
+        found = at_least(self, 1, "batch_users", "chunk_items")
+        found += at_least(self, 0, "min_train_count")
         if not self.ks or min(self.ks) < 1 or len(set(self.ks)) != len(self.ks):
             found.append(f"ks must be distinct numbers of at least 1; got {list(self.ks)}")
         return found

@@ -28,7 +28,7 @@ LAYERS = [
     {"data", "ops"},
     {"checkpoint", "tracking", "saved_rows"},
     {"hosts"},
-    {"distributed", "versions"},
+    {"distributed", "versions", "settings"},
 ]
 TORCHREC_USERS = {"item_table.py"}
 ENVIRONMENT_READERS = {"distributed.py"}

@@ -196,7 +196,7 @@ def test_split_without_test_targets_is_refused(tmp_path: Path) -> None:
         ({"min_item_events": 0}, "min_item_events must be at least 1; got 0"),
         ({"rating_column": "stars"}, "rating_column has no effect without min_rating"),
         ({"valid_fraction": 0.6, "test_fraction": 0.5}, "must leave events to train on"),
-        ({"test_fraction": 0.0}, "test_fraction must be between 0 and 1"),
+        ({"test_fraction": 0.0}, "test_fraction must be in (0, 1); got 0.0"),
         ({"split": "time", "valid_time": "5"}, "valid_time and test_time belong together"),
         ({"valid_time": "5", "test_time": "6"}, "have no effect without split=time"),
         ({"split": "time", "valid_time": "6", "test_time": "5"}, "must be earlier than"),

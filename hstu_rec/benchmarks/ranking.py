@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hstu_rec import distributed
 from hstu_rec.benchmarks.timing import median_s, peak_gib
 from hstu_rec.evaluator import EvalConfig, ItemShard, Queries, rank_targets
+from hstu_rec.settings import at_least
 
 # (items, width) that are ranked unless told.
 SIZES = {"cuda": (10_000_000, 128), "cpu": (1_000_000, 64)}
@@ -37,21 +38,8 @@ class RankingTimes:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
-        least = {"num_items": 0, "dim": 0, "num_checked": 0}
-        names = (
-            "num_queries",
-            "num_items",
-            "dim",
-            "num_seen",
-            "chunk_items",
-            "num_checked",
-            "repeats",
-        )
-        return [
-            f"{name} must be at least {least.get(name, 1)}; got {getattr(self, name)}"
-            for name in names
-            if getattr(self, name) < least.get(name, 1)
-        ]
+        found = at_least(self, 1, "num_queries", "num_seen", "chunk_items", "repeats")
+        return found + at_least(self, 0, "num_items", "dim", "num_checked")
 
 
 def ranking_times(config: RankingTimes, device: torch.device) -> Iterator[str]:
