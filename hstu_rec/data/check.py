@@ -21,9 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hstu_rec.data import dataset, specification
-from hstu_rec.data.clean import LATEST_S
 from hstu_rec.data.database import MEMORY_LIMIT, database
-from hstu_rec.data.dataset import ITEMS, MAPPED, SEQUENCES
+from hstu_rec.data.dataset import ITEMS, LATEST_S, MAPPED, SEQUENCES
 from hstu_rec.data.events import num_targets
 from hstu_rec.data.folder import (
     measure,

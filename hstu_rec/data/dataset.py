@@ -29,6 +29,8 @@ EVENT_CHUNK_ROWS = 2**22
 ITEMS, SEQUENCES = "items.parquet", "sequences.parquet"
 MAPPED = ("counts.arrow", "users.arrow", "events.arrow")
 MAX_ITEMS = 2**31 - 1
+# Times are unix seconds below this, in the year 5138.
+LATEST_S = 10**11
 # Of a parquet file, what its fingerprint is of.
 END_BYTES = 2**16
 FILES = (ITEMS, *MAPPED, "stats.json")

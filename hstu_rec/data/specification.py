@@ -13,9 +13,8 @@ from pathlib import Path
 
 import duckdb
 
-from hstu_rec.data.clean import LATEST_S
 from hstu_rec.data.database import quoted, scalar
-from hstu_rec.data.dataset import ITEMS, MAX_ITEMS, SEQUENCES, parts
+from hstu_rec.data.dataset import ITEMS, LATEST_S, MAX_ITEMS, SEQUENCES, parts
 from hstu_rec.data.events import leave_one_out
 
 INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER")
