@@ -207,7 +207,7 @@ def test_split_without_test_targets_is_refused(tmp_path: Path) -> None:
         ({"tie_column": "timestamp"}, "must differ; got user_id, item_id, timestamp, timestamp"),
         (
             {"memory_limit": "lots"},
-            "memory_limit must be a size such as 4GB, or a share such as 50%; got lots",
+            "memory_limit must be a size such as 4GB, or a share such as 50%; got 'lots'",
         ),
     ],
 )
@@ -407,7 +407,7 @@ def test_the_app_prepares_and_prints_the_statistics(tmp_path: Path) -> None:
     assert done.returncode == 0
     told = [line.rsplit(maxsplit=2)[0] for line in done.stderr.splitlines()]
     assert told == ["read", "clean", "number ids", "filter", "split", "order, write", "measure"]
-    assert "users    1\n" in done.stdout
+    assert "users    1 of 3\n" in done.stdout
     assert "dropped  user with fewer than 4 events 6\n" in done.stdout
     assert sequences(tmp_path / "out") == {"u1": SEQUENCES["u1"]}
 

@@ -228,7 +228,8 @@ def _whole_floats(
     if num_null and bad_rows == "raise":
         raise ValueError(
             f"{_first_file(connection, staged, is_null)}: column {name!r} ({role}_column) is float "
-            f"because of {num_null:,} nulls, NaN or infinities; {advice}, or leave those rows out with bad_rows=drop"
+            f"because of {num_null:,} nulls, NaN or infinities; {advice}, or leave those rows out with "
+            "bad_rows=drop"
         )
     return _Column(value=f"CAST({finite} AS BIGINT)", kind="BIGINT")
 

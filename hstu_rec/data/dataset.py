@@ -130,6 +130,7 @@ class Dataset:
             whole(self.path / "counts.arrow", counts, name)
             for name in ("train_count", "by_train_count")
         )
+        self._check_users()
         events = open_arrow(self.path / "events.arrow")
         self._items, self._timestamps = (views(events.column(n)) for n in ("item", "timestamp"))
         self.num_events = len(events)
@@ -187,13 +188,42 @@ class Dataset:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Events [begins[b], ends[b]) of each user, as (items [T], timestamps [T] in s, offsets [B+1]).
 
-        Positions count from the user's first event. All int64.
+        Positions count from the user's first event. All int64. Raises ValueError for items and times
+        that no prepared folder has.
         """
         counts = ends - begins
         offsets = offsets_of(counts)
         first = self.starts[users] + begins
         rows = np.repeat(first - offsets[:-1], counts) + np.arange(offsets[-1])
-        return _take(self._items, rows), _take(self._timestamps, rows), offsets
+        items, timestamps = _take(self._items, rows), _take(self._timestamps, rows)
+        self._check_range("item", items, self.num_items)
+        self._check_range("timestamp", timestamps, LATEST_S)
+        return items, timestamps, offsets
+
+    def _check_users(self) -> None:
+        """Raises ValueError unless users' parts follow each other and their targets are within them."""
+        ends = np.cumsum(self.lengths)
+        is_sound = (
+            (self.starts == ends - self.lengths) & (self.lengths > 0) & (self.train_ends >= 0)
+        )
+        is_sound &= (self.train_ends <= self.valid_ends) & (self.valid_ends <= self.lengths)
+        if not is_sound.all():
+            bad = np.flatnonzero(~is_sound)
+            self._refuse(
+                "users.arrow", f"{len(bad):,} rows are wrong, such as {(bad[:5] + 1).tolist()}"
+            )
+
+    def _check_range(self, name: str, values: np.ndarray, limit: int) -> None:
+        if len(values) and (values.min() < 0 or values.max() >= limit):
+            bad = values[(values < 0) | (values >= limit)]
+            told = f"{len(bad):,} of {len(values):,} values of {name} are outside 0..{limit - 1}"
+            self._refuse("events.arrow", f"{told}, such as {bad[:5].tolist()}")
+
+    def _refuse(self, name: str, told: str) -> None:
+        raise ValueError(
+            f"{self.path / name} has been changed: {told}; prepare the dataset again, or look at all that "
+            f"is wrong with: python apps/prepare.py check={self.path}"
+        )
 
 
 def by_count(train_counts: np.ndarray) -> np.ndarray:

@@ -173,7 +173,7 @@ def _make(
             bad_rows=config.bad_rows,
         )
     with stages.stage("number ids"):
-        number(connection, cleaned)
+        users_read, items_read = number(connection, cleaned)
     with stages.stage("filter"):
         dropped = cleaned.dropped | _filter(connection, config, cleaned)
     with stages.stage("split"):
@@ -191,6 +191,8 @@ def _make(
         "format_version": dataset.FORMAT_VERSION,
         **measured,
         "rows_read": cleaned.rows_read,
+        "users_read": users_read,
+        "items_read": items_read,
         "dropped": dropped,
         "time_unit": cleaned.time_unit,
         "split": {"kind": config.split} | split,
@@ -204,6 +206,10 @@ def report(stats: dict[str, Any]) -> str:
     """The statistics of a dataset as lines to print."""
     dropped = ", ".join(f"{why} {count:,}" for why, count in stats["dropped"].items()) or "none"
     lengths = ", ".join(f"{name} {value:g}" for name, value in stats["length"].items())
+    of = {
+        role: f" of {stats[f'{role}_read']:,}" if stats.get(f"{role}_read", 0) > stats[role] else ""
+        for role in ("users", "items")
+    }
     first, last = (
         datetime.fromtimestamp(stats[f"{end}_timestamp"], UTC).date() for end in ("first", "last")
     )
@@ -211,8 +217,8 @@ def report(stats: dict[str, Any]) -> str:
     rate = stats["rows_read"] / max(stats["prepare_s"], 1e-3)
     return "\n".join(
         (
-            f"users    {stats['users']:,}",
-            f"items    {stats['items']:,}",
+            f"users    {stats['users']:,}{of['users']}",
+            f"items    {stats['items']:,}{of['items']}",
             f"events   {stats['events']:,} of {stats['rows_read']:,} rows; "
             f"density {stats['density']:.3g}",
             f"length   {lengths}",
