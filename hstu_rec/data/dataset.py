@@ -130,7 +130,6 @@ class Dataset:
             whole(self.path / "counts.arrow", counts, name)
             for name in ("train_count", "by_train_count")
         )
-        self._check_users()
         events = open_arrow(self.path / "events.arrow")
         self._items, self._timestamps = (views(events.column(n)) for n in ("item", "timestamp"))
         self.num_events = len(events)
@@ -143,6 +142,7 @@ class Dataset:
                     f"{self.path}: stats.json tells of {self.stats[name]} {name}, the files hold "
                     f"{number}; prepare the dataset again"
                 )
+        self._check_users()
 
     @property
     def facts(self) -> dict[str, int | float | str]:
@@ -201,12 +201,13 @@ class Dataset:
         return items, timestamps, offsets
 
     def _check_users(self) -> None:
-        """Raises ValueError unless users' parts follow each other and their targets are within them."""
+        """Raises ValueError unless users' parts are those of all events, with their targets within."""
         ends = np.cumsum(self.lengths)
         is_sound = (
             (self.starts == ends - self.lengths) & (self.lengths > 0) & (self.train_ends >= 0)
         )
         is_sound &= (self.train_ends <= self.valid_ends) & (self.valid_ends <= self.lengths)
+        is_sound[-1:] &= ends[-1:] == self.num_events
         if not is_sound.all():
             bad = np.flatnonzero(~is_sound)
             self._refuse(
