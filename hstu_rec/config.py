@@ -7,20 +7,20 @@ All problems are told at once.
 """
 
 import ast
-import difflib
 import inspect
+import io
 import itertools
+import os.path
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException, ValidationError
-from yaml import YAMLError
+from omegaconf.errors import OmegaConfBaseException
 
 from hstu_rec import failures
 from hstu_rec.checkpoint import CheckpointConfig
@@ -32,9 +32,27 @@ from hstu_rec.evaluator import EvalConfig
 from hstu_rec.guards import GuardConfig
 from hstu_rec.item_table import TableConfig
 from hstu_rec.loss import LossConfig
+from hstu_rec.settings import (
+    above,
+    as_typed,
+    at_least,
+    choices_of,
+    described,
+    did_you_mean,
+    hints_of,
+    listed,
+    members_of,
+    shown,
+    unknown_key,
+    within,
+)
 
 T = TypeVar("T")
 BASE_KEY = "base"
+# A configuration is a page of text: YAML beyond this is refused before a parser meets it, which
+# recurses in C and would end the process.
+MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**20, 32
+MAX_PROBLEMS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +78,9 @@ class OptimConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
-        found = []
-        if not self.lr > 0:
-            found.append(f"lr must be above 0; got {self.lr}")
-        for name in ("weight_decay", "clip_norm", "warmup_steps"):
-            if getattr(self, name) < 0:
-                found.append(f"{name} must be at least 0; got {getattr(self, name)}")
-        for name in ("beta1", "beta2", "final_lr_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                found.append(f"{name} must be in [0, 1); got {getattr(self, name)}")
+        found = above(self, 0, "lr")
+        found += at_least(self, 0, "weight_decay", "clip_norm", "warmup_steps")
+        found += within(self, "[0, 1)", "beta1", "beta2", "final_lr_fraction")
         if self.final_lr_fraction and self.schedule == "constant":
             found.append(
                 "final_lr_fraction has no effect with schedule 'constant'; set one of them"
@@ -118,13 +130,8 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
-        found = [
-            f"{name} must be at least 1; got {getattr(self, name)}"
-            for name in ("max_epochs", "eval_every_epochs", "log_every_steps")
-            if getattr(self, name) < 1
-        ]
-        if self.patience < 0:
-            found.append(f"patience must be at least 0; got {self.patience}")
+        counts = "max_epochs", "eval_every_epochs", "log_every_steps"
+        found = at_least(self, 1, *counts) + at_least(self, 0, "patience")
         if not 0 <= self.seed < 2**32:
             found.append(f"seed must be in 0..{2**32 - 1}; got {self.seed}")
         if self.resume_changed and self.resume == "none":
@@ -179,7 +186,7 @@ class RunConfig:
         ]
         found = []
         if self.train.select not in allowed:
-            near = _did_you_mean(self.train.select, allowed)
+            near = did_you_mean(self.train.select, allowed)
             found.append(
                 f"train.select must be one of {', '.join(allowed)}; got '{self.train.select}'{near}"
             )
@@ -208,31 +215,32 @@ def load(schema: type[T], arguments: Sequence[str]) -> T:
     """
     config = OmegaConf.structured(schema)
     _unfreeze(config)
-    hints = _hints(schema)
+    hints = hints_of(schema)
     problems: list[str] = []
     for source, key, value in _settings(arguments, hints, problems):
         if key not in hints:
-            problems.append(f"{source}: {_unknown(key, list(hints))}")
+            problems.append(f"{source}: {unknown_key(key, list(hints))}")
             continue
-        if "${" in str(value):
+        if "${" in str(value) or value == "???" or (isinstance(value, list) and "???" in value):
             # OmegaConf would read other keys and the environment, secrets included, into the report.
             problems.append(
-                f"{source}: {key} must be a plain value, no ${{reference}}; got {value}"
+                f"{source}: {key} must be a plain value, no ${{reference}} or ???; got {shown(value)}"
             )
             continue
         try:
-            if _is_converted_silently(hints[key], value):
-                raise ValidationError
-            OmegaConf.update(config, key, value)
-        except OmegaConfBaseException:
-            near = _did_you_mean(str(value), [str(one) for one in _choices(hints[key])])
+            OmegaConf.update(config, key, as_typed(hints[key], value))
+        except (OmegaConfBaseException, ValueError) as error:
+            near = did_you_mean(str(value), [str(one) for one in choices_of(hints[key])])
+            why = f", {error}" if str(error).startswith("which") else ""
             problems.append(
-                f"{source}: {key} must be {_described(hints[key])}; got {_shown(value)}{near}"
+                f"{source}: {key} must be {described(hints[key])}; got {shown(value)}{why}{near}"
             )
     loaded = OmegaConf.to_object(config)
     problems += _value_problems(loaded, "")
     if problems:
-        raise ValueError("the configuration has problems:\n  " + "\n  ".join(problems))
+        left = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+        told = "\n  ".join(problems[:MAX_PROBLEMS] + left)
+        raise ValueError(f"the configuration has problems:\n  {told}")
     return cast(T, loaded)
 
 
@@ -253,10 +261,10 @@ def leaves(config: Any) -> dict[str, Any]:
 
 def help_text(schema: type) -> str:
     """Every key of `schema` with its default, choices and doc."""
-    lines, hints = [], _hints(schema)
+    lines, hints = [], hints_of(schema)
     for key, value, doc in _documented(schema(), ""):
-        choices = _choices(hints[key])
-        lines.append(f"  {key}={_shown(value)}" + (f"  ({_listed(choices)})" if choices else ""))
+        choices = choices_of(hints[key])
+        lines.append(f"  {key}={shown(value)}" + (f"  ({listed(choices)})" if choices else ""))
         lines += [f"      {doc}"] if doc else []
     return "\n".join(lines)
 
@@ -290,10 +298,10 @@ def _settings(
         setting = argument.removeprefix("--")
         if not setting:
             continue
-        is_file = Path(argument).is_file()
+        is_file = os.path.isfile(argument)  # False too for a text that can be no path
         if not is_file and "=" not in setting:
             raise FileNotFoundError(
-                f"'{argument}' is neither a key=value setting nor a YAML file that exists"
+                f"'{argument[:200]}' is neither a key=value setting nor a YAML file that exists"
             )
         try:
             if is_file:
@@ -303,8 +311,15 @@ def _settings(
             else:
                 key, text = setting.split("=", 1)
                 yield f"'{argument}'", key, _parsed(text, hints.get(key))
-        except (YAMLError, ValueError, OSError) as error:
-            problems.append(f"{argument}: {' '.join(str(error).split())}")
+        except yaml.YAMLError as error:
+            told = " ".join(str(error).split())
+            problems.append(
+                f"{argument[:200]}: {told}; give plain YAML, indented by spaces, a key once"
+            )
+        except UnicodeDecodeError as error:
+            problems.append(f"{argument}: it is not UTF-8 text ({error}); write it as UTF-8")
+        except (OmegaConfBaseException, ValueError, OSError) as error:
+            problems.append(f"{argument[:200]}: {' '.join(str(error).split())}")
 
 
 def _with_bases(path: Path) -> list[tuple[Path, dict[Any, Any]]]:
@@ -312,7 +327,9 @@ def _with_bases(path: Path) -> list[tuple[Path, dict[Any, Any]]]:
     found: list[tuple[Path, dict[Any, Any]]] = []
     # Resolved, because ../ in a base gives one file many names.
     while path.resolve() not in [one.resolve() for one, _ in found]:
-        content = OmegaConf.load(path)
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise ValueError(f"{path.name} is larger than 1 MiB, too large for a configuration")
+        content = _yaml(path.read_text(encoding="utf-8-sig"))
         if not isinstance(content, DictConfig):
             raise ValueError("it holds no mapping of settings")
         settings = cast(dict[Any, Any], OmegaConf.to_container(content))
@@ -328,10 +345,21 @@ def _with_bases(path: Path) -> list[tuple[Path, dict[Any, Any]]]:
 
 def _parsed(text: str, hint: Any) -> Any:
     """The value of an override: the text itself where text is wanted, else what YAML reads in it."""
-    kinds = {type(one) for one in _choices(hint)} or set(_members(hint))
-    if kinds & {str, Path} and not (text == "null" and type(None) in _members(hint)):
+    kinds = {type(one) for one in choices_of(hint)} or set(members_of(hint))
+    if kinds & {str, Path} and not (text == "null" and type(None) in members_of(hint)):
         return text
-    return OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # pyright: ignore
+    return OmegaConf.to_container(_yaml(f"value: {text}"))["value"]  # pyright: ignore
+
+
+def _yaml(text: str) -> Any:
+    """What OmegaConf makes of `text`, read by a safe loader. Raises ValueError for deep nesting."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_YAML_DEPTH:
+            raise ValueError(f"it is nested deeper than {MAX_YAML_DEPTH} levels")
+    return OmegaConf.load(io.StringIO(text))
 
 
 def _flat(node: Any, prefix: str, hints: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -341,77 +369,6 @@ def _flat(node: Any, prefix: str, hints: dict[str, Any]) -> Iterator[tuple[str, 
             yield from _flat(value, f"{prefix}{name}.", hints)
     elif node is not None or not any(key.startswith(prefix) for key in hints):
         yield prefix[:-1], node
-
-
-def _hints(schema: type) -> dict[str, Any]:
-    """Dotted key and type of all leaves."""
-    found = {}
-    for name, hint in get_type_hints(schema).items():
-        if is_dataclass(hint):
-            found |= {f"{name}.{key}": one for key, one in _hints(cast(type, hint)).items()}
-        else:
-            found[name] = hint
-    return found
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    """The types of a union, else the type itself."""
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def _choices(hint: Any) -> list[Any]:
-    """All values of the Literals in `hint`."""
-    return [v for one in _members(hint) if get_origin(one) is Literal for v in get_args(one)]
-
-
-def _is_converted_silently(hint: Any, value: Any) -> bool:
-    """True where OmegaConf would make text of 1.10 ('1.1'), or true of 5."""
-    members = set(_members(hint))
-    return bool(members & {str, bool}) and type(value) in {bool, int, float} - members
-
-
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text, in quotes"}
-
-
-def _described(hint: Any) -> str:
-    """`hint` in words."""
-    if get_origin(hint) is Literal:
-        return f"one of {_listed(get_args(hint))}"
-    if len(_members(hint)) > 1:
-        return " or ".join(map(_described, _members(hint)))
-    if get_origin(hint) in (list, tuple):
-        # Texts in a list need no quotes but where they hold a comma.
-        of = {str: "a text"}.get(get_args(hint)[0]) or _described(get_args(hint)[0])
-        return f"a list in brackets, [...], each {of}"
-    return "null" if hint is type(None) else _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-def _listed(values: Iterable[Any]) -> str:
-    return ", ".join(map(_shown, values))
-
-
-def _shown(value: Any) -> str:
-    """`value` as one writes it in an override."""
-    if isinstance(value, list | tuple):
-        return f"[{_listed(value)}]"
-    is_word = value is None or isinstance(value, bool)
-    return {None: "null", True: "true", False: "false"}[value] if is_word else str(value)
-
-
-def _unknown(key: str, keys: list[str]) -> str:
-    """What is wrong with `key`, and the right one if it can be guessed."""
-    inside = [one for one in keys if one.startswith(f"{key}.")]
-    if inside:
-        return f"'{key}' is a section; set its keys: {', '.join(inside)}"
-    same_name = [one for one in keys if one.split(".")[-1] == key]
-    hint = f"; did you mean {' or '.join(same_name)}?" if same_name else _did_you_mean(key, keys)
-    return f"unknown key '{key}'{hint}"
-
-
-def _did_you_mean(given: str, allowed: list[str]) -> str:
-    """'; did you mean ...?' with the nearest of `allowed`, if one is near."""
-    near = difflib.get_close_matches(given, allowed, 1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def _plain(value: Any) -> Any:
@@ -438,9 +395,9 @@ def _documented(section: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
     source = textwrap.dedent(inspect.getsource(type(section)))
     body = cast(ast.ClassDef, ast.parse(source).body[0]).body
     docs = {}
-    for above, below in itertools.pairwise(body):
-        if isinstance(above, ast.AnnAssign) and isinstance(below, ast.Expr):
-            docs[ast.unparse(above.target)] = ast.literal_eval(below.value)
+    for line, after in itertools.pairwise(body):
+        if isinstance(line, ast.AnnAssign) and isinstance(after, ast.Expr):
+            docs[ast.unparse(line.target)] = ast.literal_eval(after.value)
     for one in fields(section):
         value = getattr(section, one.name)
         if is_dataclass(value):

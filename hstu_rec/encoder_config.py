@@ -7,6 +7,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import torch
 
 from hstu_rec.ops import AttentionKernel, AttentionKind
+from hstu_rec.settings import at_least, within
 
 NormKind = Literal["layer", "rms", "none"]
 CalendarKind = Literal["none", "day", "week", "month"]
@@ -77,14 +78,9 @@ class EncoderConfig:
             found.append(
                 "attention_kernel 'triton' is for CUDA, whose torch brings triton; give auto or grouped"
             )
-        for name in ("dim", "num_layers", "num_heads", "max_history_len"):
-            if getattr(self, name) < 1:
-                found.append(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("attention_dim", "value_dim", "ffn_dim", "window"):
-            if getattr(self, name) < 0:
-                found.append(f"{name} must be at least 0; got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            found.append(f"dropout must be in [0, 1); got {self.dropout}")
+        found += at_least(self, 1, "dim", "num_layers", "num_heads", "max_history_len")
+        found += at_least(self, 0, "attention_dim", "value_dim", "ffn_dim", "window")
+        found += within(self, "[0, 1)", "dropout")
         if (
             self.num_heads > 0
             and self.dim % self.num_heads

@@ -15,6 +15,7 @@ from hstu_rec.model import NextItemModel
 from hstu_rec.portions import Portion, agreed
 from hstu_rec.ranking import LEAST_CHUNK_ITEMS, Queries, rank_targets
 from hstu_rec.scores import ItemShard
+from hstu_rec.settings import at_least
 
 # A bar is shown when ranking takes longer.
 BAR_AFTER_S = 2.0
@@ -38,13 +39,8 @@ class EvalConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
-        found = [
-            f"{name} must be at least 1; got {getattr(self, name)}"
-            for name in ("batch_users", "chunk_items")
-            if getattr(self, name) < 1
-        ]
-        if self.min_train_count < 0:
-            found.append(f"min_train_count must be at least 0; got {self.min_train_count}")
+        found = at_least(self, 1, "batch_users", "chunk_items")
+        found += at_least(self, 0, "min_train_count")
         if not self.ks or min(self.ks) < 1 or len(set(self.ks)) != len(self.ks):
             found.append(f"ks must be distinct numbers of at least 1; got {list(self.ks)}")
         return found

@@ -3,7 +3,7 @@
 2     a mistake: again it would end the same, and torchrun and torchx do not try
 75    stopped by a signal, or by another process's end, which tells why itself; started again, the run goes on
 130   stopped by Ctrl-C
-1     anything else, with a traceback
+1     what the system did not do (an OSError), or anything else, with a traceback
 """
 
 import faulthandler
@@ -40,6 +40,9 @@ def end(error: Exception) -> None:
         _say(str(error))
         distributed.end_restarts()
         sys.exit(MISTAKE)
+    if isinstance(error, OSError):
+        _say(str(error))
+        sys.exit(1)
 
 
 def _say(sentence: str) -> None:

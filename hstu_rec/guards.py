@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu_rec import distributed
+from hstu_rec.settings import at_least
 
 # Weight of a loss in the mean of which the least is the best: about the last 20 steps.
 MEAN_RATE = 0.05
@@ -43,11 +44,7 @@ class GuardConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
-        found = [
-            f"{name} must be at least 1; got {getattr(self, name)}"
-            for name in ("max_skipped_steps", "divergence_steps")
-            if getattr(self, name) < 1
-        ]
+        found = at_least(self, 1, "max_skipped_steps", "divergence_steps")
         if self.divergence_factor and not 1 < self.divergence_factor < math.inf:
             found.append(
                 f"divergence_factor must be above 1, or 0 for no alarm; got {self.divergence_factor}"

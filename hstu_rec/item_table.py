@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hstu_rec import distributed
 from hstu_rec.guards import StepGuard
+from hstu_rec.settings import above, within, without_effect
 from hstu_rec.versions import check_triple
 
 if TYPE_CHECKING:
@@ -69,17 +70,12 @@ class TableConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
-        found = [
-            f"{name} must be above 0; got {getattr(self, name)}"
-            for name in ("lr", "eps", "init_std", "init_norm")
-            if not getattr(self, name) > 0
-        ]
-        if not 0 < self.cache_load_factor <= 1:
-            found.append(f"cache_load_factor must be in (0, 1]; got {self.cache_load_factor}")
-        if self.kernel != "uvm_caching" and self.cache_load_factor != DEFAULT_LOAD_FACTOR:
-            found.append(
-                f"cache_load_factor has no effect with kernel '{self.kernel}'; set kernel 'uvm_caching'"
-            )
+        found = above(self, 0, "lr", "eps", "init_std", "init_norm")
+        found += within(self, "(0, 1]", "cache_load_factor")
+        if self.kernel != "uvm_caching":
+            found += without_effect(self, f"with kernel '{self.kernel}'", "cache_load_factor")
+        if self.init != "co_occurrence":
+            found += without_effect(self, f"with init '{self.init}'", "init_norm")
         return found
 
 

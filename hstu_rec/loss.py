@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hstu_rec.settings import above, at_least, without_effect
 from hstu_rec.softmax import LOG2_E, Negatives, SoftmaxLoss
 
 NegativeKind = Literal["all", "uniform", "frequency", "log_uniform", "in_batch", "mixed"]
@@ -54,16 +55,12 @@ class LossConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
-        found = []
-        if self.num_negatives < 1:
-            found.append(f"num_negatives must be at least 1; got {self.num_negatives}")
-        if not self.frequency_power >= 0:
-            found.append(f"frequency_power must be at least 0; got {self.frequency_power}")
-        if not self.temperature > 0:
-            found.append(f"temperature must be above 0; got {self.temperature}")
-        if self.use_logq and self.negatives == "all":
-            found.append("use_logq has no effect with negatives 'all'; set one of them")
-        return found
+        found = at_least(self, 1, "num_negatives") + at_least(self, 0, "frequency_power")
+        found += above(self, 0, "temperature")
+        unused = {"all": ["num_negatives", "exchange", "use_logq"], "in_batch": ["num_negatives"]}
+        power = [] if self.negatives in ("frequency", "mixed") else ["frequency_power"]
+        names = [*unused.get(self.negatives, []), *power]
+        return found + without_effect(self, f"with negatives '{self.negatives}'", *names)
 
 
 class SampledSoftmax(nn.Module):

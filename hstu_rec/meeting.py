@@ -14,7 +14,10 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import DistError, DistStoreError
 
 # What would come again: the user's to mend, not the launcher's.
-MISTAKES = (ValueError, FileNotFoundError, FloatingPointError, ImportError)
+MISTAKES = (
+    ValueError, FloatingPointError, ImportError,
+    FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError,
+)  # fmt: skip
 FAILURE = "failure"
 POLL_S = 0.02
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from hstu_rec import distributed
 from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.data.stream import Sequences
+from hstu_rec.item_table import check_ids
 from hstu_rec.loss import MIN_PROBABILITY, LossConfig, NegativeKind
 from hstu_rec.seen import seen_candidates, seen_targets
 from hstu_rec.softmax import Negatives
@@ -116,6 +117,7 @@ class NegativeSampler:
         else:
             drawn = torch.from_numpy(self._drawn(step))
         ids, times = torch.unique(drawn, return_counts=True)
+        check_ids(ids, self.num_items)
         part, largest = slice(None), 0
         ranks = distributed.world_size()
         if is_divided(self.config, ranks, len(ids), batch.num_targets_global):

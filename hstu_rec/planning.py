@@ -14,6 +14,7 @@ from torch import nn
 
 from hstu_rec import distributed
 from hstu_rec.config import RunConfig
+from hstu_rec.data.dataset import MAX_ITEMS
 from hstu_rec.data.stochastic_length import cut_lengths
 from hstu_rec.data.stream import DataConfig, deal, imbalance_of, open_dataset
 from hstu_rec.data.synthetic import SyntheticConfig, SyntheticDataset
@@ -31,6 +32,7 @@ from hstu_rec.memory import (
     table_bytes,
 )
 from hstu_rec.negatives import is_divided
+from hstu_rec.settings import above, at_least, within
 
 GIB = 2**30
 # Of a device's memory, what is left to the CUDA context, NCCL and unused pieces of the allocator.
@@ -47,7 +49,7 @@ LARGE_IMBALANCE = 1.1
 class PlanConfig:
     """What a plan takes for granted."""
 
-    num_items: float = 1e8
+    num_items: int = 100_000_000
     """Items of the catalogue; 0 takes items and lengths of histories from data.path."""
     min_length: int = 10
     """Shortest history in events; the longest is encoder.max_history_len."""
@@ -64,19 +66,9 @@ class PlanConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
-        found = [
-            f"{name} must be at least 1; got {getattr(self, name)}"
-            for name in ("min_length", "num_steps")
-            if getattr(self, name) < 1
-        ]
-        if self.num_items < 0 or self.num_items % 1:
-            found.append(f"num_items must be a whole number of at least 0; got {self.num_items}")
-        if not self.host_gib > 0:
-            found.append(f"host_gib must be above 0; got {self.host_gib}")
-        for name in ("length_power", "popularity_power"):
-            if (getattr(self, name) or 0) < 0:
-                found.append(f"{name} must be at least 0; got {getattr(self, name)}")
-        return found
+        found = at_least(self, 1, "min_length", "num_steps") + above(self, 0, "host_gib")
+        found += within(self, f"[0, {MAX_ITEMS}]", "num_items")
+        return found + at_least(self, 0, "length_power", "popularity_power")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +91,7 @@ class PlannedRun(RunConfig):
             )
         elif self.cluster().num_ranks > MAX_RANKS:
             found.append(f"world must have at most {MAX_RANKS} ranks; got {self.world}")
-        if not self.hbm > 0:
-            found.append(f"hbm must be above 0, the GiB of a GPU; got {self.hbm}")
+        found += above(self, 0, "hbm")
         if self.plan.min_length > self.encoder.max_history_len:
             found.append(
                 "plan.min_length must be at most encoder.max_history_len, "
@@ -151,7 +142,7 @@ class Plan:
 
 def make_plan(config: PlannedRun, cluster: Cluster) -> Plan:
     """The plan of a run on a cluster. Raises as `sharding_plan`."""
-    num_items = int(config.plan.num_items)
+    num_items = config.plan.num_items
     if num_items:
         lengths = made_dataset(config, config.plan.num_steps).train_ends - 1
     else:
@@ -204,7 +195,7 @@ def made_dataset(config: PlannedRun, num_steps: int) -> SyntheticDataset:
     return SyntheticDataset(
         SyntheticConfig(
             num_users=num_users * num_steps,
-            num_items=int(config.plan.num_items),
+            num_items=config.plan.num_items,
             shortest=least + 3,
             longest=longest + 3,
             length_exponent=config.plan.length_power,

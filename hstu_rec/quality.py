@@ -28,6 +28,7 @@ from hstu_rec.runs import (
     identity_of_data,
     train_all,
 )
+from hstu_rec.settings import at_least
 from hstu_rec.versions import commit
 
 PUBLISHED = TREE / "configs" / "published.yaml"
@@ -61,11 +62,7 @@ class QualityConfig:
             found.append(f"seeds must be in 0..{2**32 - 1}; got {outside}")
         if not self.folder:
             found.append("folder must not be empty; give one such as runs/quality")
-        if self.processes < 0:
-            found.append(f"processes must be at least 0; got {self.processes}")
-        if self.jobs < 1:
-            found.append(f"jobs must be at least 1; got {self.jobs}")
-        return found
+        return found + at_least(self, 0, "processes") + at_least(self, 1, "jobs")
 
 
 @dataclass(frozen=True, kw_only=True)

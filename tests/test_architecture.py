@@ -34,7 +34,7 @@ LAYERS = [
     {"data", "ops"},
     {"checkpoint", "tracking", "guards"},
     {"hosts", "portions"},
-    {"distributed", "versions"},
+    {"distributed", "versions", "settings"},
     {"meeting", "signals"},
 ]
 TORCHREC_USERS = {"item_table.py"}

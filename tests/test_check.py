@@ -166,7 +166,7 @@ def test_every_rule_for_items(tmp_path: Path, column: str, values: Any, sentence
         ),
         (
             {"timestamps": [[1, 20, 20, START * 1000], [5, 6, 7], [8, 9]]},
-            "first FILE row 1; write unix seconds, not milliseconds",
+            "first FILE row 1: 1300000000000; write unix seconds, not milliseconds",
         ),
         (
             {"timestamps": [[10, 20, 20, 30], [5, 7, 6], [9, 8]]},
@@ -205,7 +205,7 @@ def test_bad_rows_are_named_by_part_and_row_within_it(tmp_path: Path) -> None:
     rows = pq.read_table(part).to_pydict()
     rows["timestamps"][7][0] = 10**12
     pq.write_table(pa.table(rows, schema=pq.read_schema(part)), part)
-    assert f"first {part} row 8; write unix seconds" in refused(path)
+    assert f"first {part} row 8: 1000000000000; write unix seconds" in refused(path)
     part.write_bytes(part.read_bytes()[:-20])
     assert f"{part} cannot be read" in refused(path)
     pq.write_table(pa.table(rows | {"user_id": list(range(len(rows["user_id"])))}), part)
@@ -265,9 +265,15 @@ def test_a_folder_of_prepare_passes_and_is_left_as_it_is(of_prepare: Path) -> No
         ("users", "valid_end", 4, 500, "valid_end <= length does not hold, first in row 5"),
         ("events", "item", 9, 300, "events.arrow: item is outside 0.."),
         ("events", "item", 9, -1, ", first in row 10; prepare the dataset again"),
-        ("events", "timestamp", 0, -1, "timestamp is negative or beyond the year 5000, first in"),
+        (
+            "events",
+            "timestamp",
+            0,
+            -1,
+            "timestamp is negative or beyond the year 5000 (-1), first in",
+        ),
         ("events", "timestamp", 0, 10**10, "events.arrow: timestamp falls, first in row 2"),
-        ("events", "timestamp", 0, 10**12, "beyond the year 5000, first in row 1"),
+        ("events", "timestamp", 0, 10**12, "beyond the year 5000 (1000000000000), first in row 1"),
         ("events", "timestamp", 0, 1, "stats.json: first_timestamp is"),
         ("counts", "train_count", 3, 0, "counts.arrow: train_count is not what the events give"),
         ("counts", "by_train_count", 3, 0, "by_train_count is not what the events give"),

@@ -225,15 +225,15 @@ def test_a_value_out_of_range_names_its_key(setting: str) -> None:
 @given(
     st.builds(
         Inner,
-        count=st.integers(1),
-        rate=st.floats(allow_nan=False),
+        count=st.integers(1, 2**63 - 1),
+        rate=st.floats(allow_nan=False, allow_infinity=False),
         is_on=st.booleans(),
         kind=st.sampled_from(["red", "green"]),
         folder=st.sampled_from([Path("a b"), Path("1e3"), Path("/x/ü")]),
-        limit=st.none() | st.floats(allow_nan=False),
+        limit=st.none() | st.floats(allow_nan=False, allow_infinity=False),
         note=st.none() | st.text(st.characters(codec="utf-8", exclude_characters="$")),
-        sizes=st.lists(st.integers()).map(tuple),
-        cuts=st.lists(st.integers()),
+        sizes=st.lists(st.integers(-(2**63), 2**63 - 1)).map(tuple),
+        cuts=st.lists(st.integers(-(2**63), 2**63 - 1)),
     )
 )
 def test_a_saved_configuration_reads_back_equal(inner: Inner) -> None:

@@ -196,7 +196,7 @@ def test_split_without_test_targets_is_refused(tmp_path: Path) -> None:
         ({"min_item_events": 0}, "min_item_events must be at least 1; got 0"),
         ({"rating_column": "stars"}, "rating_column has no effect without min_rating"),
         ({"valid_fraction": 0.6, "test_fraction": 0.5}, "must leave events to train on"),
-        ({"test_fraction": 0.0}, "test_fraction must be between 0 and 1"),
+        ({"test_fraction": 0.0}, "test_fraction must be in (0, 1); got 0.0"),
         ({"split": "time", "valid_time": "5"}, "valid_time and test_time belong together"),
         ({"valid_time": "5", "test_time": "6"}, "have no effect without split=time"),
         ({"split": "time", "valid_time": "6", "test_time": "5"}, "must be earlier than"),
@@ -207,7 +207,7 @@ def test_split_without_test_targets_is_refused(tmp_path: Path) -> None:
         ({"tie_column": "timestamp"}, "must differ; got user_id, item_id, timestamp, timestamp"),
         (
             {"memory_limit": "lots"},
-            "memory_limit must be a size such as 4GB, or a share such as 50%; got lots",
+            "memory_limit must be a size such as 4GB, or a share such as 50%; got 'lots'",
         ),
     ],
 )
@@ -407,7 +407,7 @@ def test_the_app_prepares_and_prints_the_statistics(tmp_path: Path) -> None:
     assert done.returncode == 0
     told = [line.rsplit(maxsplit=2)[0] for line in done.stderr.splitlines()]
     assert told == ["read", "clean", "number ids", "filter", "split", "order, write", "measure"]
-    assert "users    1\n" in done.stdout
+    assert "users    1 of 3\n" in done.stdout
     assert "dropped  user with fewer than 4 events 6\n" in done.stdout
     assert sequences(tmp_path / "out") == {"u1": SEQUENCES["u1"]}
 

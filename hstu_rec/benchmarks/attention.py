@@ -13,6 +13,7 @@ import torch
 
 from hstu_rec.benchmarks.attention_forms import FORMS, Attention, Batch, Shape, Unavailable
 from hstu_rec.benchmarks.timing import median_s, peak_gib
+from hstu_rec.settings import at_least
 
 BACKWARD_FLOPS = 2.5
 
@@ -48,11 +49,7 @@ class AttentionTimes:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
-        found = [
-            f"{name} must be at least {least}; got {getattr(self, name)}"
-            for name, least in (("num_events", 0), ("repeats", 1))
-            if getattr(self, name) < least
-        ]
+        found = at_least(self, 0, "num_events") + at_least(self, 1, "repeats")
         if others := [name for name in self.forms if name not in FORMS]:
             found.append(f"forms must be of {', '.join(FORMS)}; got {others}")
         for name in ("shapes", "forms"):

@@ -15,6 +15,7 @@ from hstu_rec.benchmarks.timing import median_s, peak_gib
 from hstu_rec.encoder import HSTUEncoder
 from hstu_rec.encoder_config import EncoderConfig
 from hstu_rec.flops import encoder_flops, peak_flops
+from hstu_rec.settings import at_least, within
 
 FORMS = ("jagged", "jagged+bias", "padded+bias")
 
@@ -44,7 +45,7 @@ class EncoderTimes:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
-        found = [] if self.repeats > 0 else [f"repeats must be at least 1; got {self.repeats}"]
+        found = at_least(self, 1, "repeats") + within(self, "[0, 1)", "dropout")
         for name in ("num_layers", "num_events"):
             values = getattr(self, name)
             if len(values) != len(self.shapes) or min(values, default=1) < 1:

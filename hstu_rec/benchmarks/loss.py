@@ -13,6 +13,7 @@ from torch.nn import functional
 from hstu_rec import distributed
 from hstu_rec.benchmarks.timing import median_s, peak_gib
 from hstu_rec.loss import LossConfig, SampledSoftmax
+from hstu_rec.settings import at_least
 from hstu_rec.softmax import Negatives
 
 TEMPERATURE = 0.05
@@ -55,7 +56,7 @@ class LossTimes:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
-        found = [] if self.repeats > 0 else [f"repeats must be at least 1; got {self.repeats}"]
+        found = at_least(self, 1, "repeats")
         for case in self.cases:
             try:
                 Case.of(case)

@@ -13,6 +13,7 @@ from hstu_rec.evaluator import EvalConfig
 from hstu_rec.portions import Portion
 from hstu_rec.ranking import LEAST_CHUNK_ITEMS, Queries, rank_targets
 from hstu_rec.scores import ItemShard
+from hstu_rec.settings import at_least
 
 # (items, width) that are ranked unless told.
 SIZES = {"cuda": (10_000_000, 128), "cpu": (1_000_000, 64)}
@@ -40,21 +41,8 @@ class RankingTimes:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
-        least = {"num_items": 0, "dim": 0, "num_checked": 0}
-        names = (
-            "num_queries",
-            "num_items",
-            "dim",
-            "num_seen",
-            "chunk_items",
-            "num_checked",
-            "repeats",
-        )
-        return [
-            f"{name} must be at least {least.get(name, 1)}; got {getattr(self, name)}"
-            for name in names
-            if getattr(self, name) < least.get(name, 1)
-        ]
+        found = at_least(self, 1, "num_queries", "num_seen", "chunk_items", "repeats")
+        return found + at_least(self, 0, "num_items", "dim", "num_checked")
 
 
 def ranking_times(config: RankingTimes, device: torch.device) -> Iterator[str]:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from hstu_rec import distributed
 from hstu_rec.checkpoint.folder import Group, point, purge
 from hstu_rec.checkpoint.tensors import named_tensors, save
+from hstu_rec.settings import at_least
 
 # A save in progress is given so long to end when the run ends in an error.
 LAST_WAIT_S = 20.0
@@ -39,14 +40,7 @@ class CheckpointConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
-        found = [
-            f"{name} must be at least 0; got {getattr(self, name)}"
-            for name in ("every_minutes", "every_steps")
-            if not getattr(self, name) >= 0
-        ]
-        if self.keep < 1:
-            found.append(f"keep must be at least 1; got {self.keep}")
-        return found
+        return at_least(self, 0, "every_minutes", "every_steps") + at_least(self, 1, "keep")
 
 
 class Saver:

@@ -194,10 +194,16 @@ def _schema_problems(path: Path, table: pa.Table, columns: dict[str, pa.DataType
 def _first_bad(path: Path, tests: dict[str, np.ndarray], begin: int = 0) -> list[str]:
     """A sentence for each test that is true in some row."""
     return [
-        f"{path}: {what}, first in row {begin + int(bad.argmax()) + 1:,}; {AGAIN}"
+        f"{path}: {what}, first in row {begin + int(bad.argmax()) + 1:,}"
+        f"{f' and {bad.sum() - 1:,} more' if bad.sum() > 1 else ''}; {AGAIN}"
         for what, bad in tests.items()
         if bad.any()
     ]
+
+
+def _shown(values: np.ndarray, bad: np.ndarray) -> str:
+    """The first five bad values."""
+    return ", ".join(map(str, values[bad][:5]))
 
 
 def _user_problems(path: Path, users: pa.Table) -> list[str]:
@@ -271,11 +277,11 @@ def _event_problems(path: Path, events: pa.Table, tally: Tally) -> list[str]:
         if len(batch) != min(rows, len(events) - begin):
             return [f"{path}: record batch {number} has {len(batch):,} rows, not {rows:,}; {AGAIN}"]
         items, timestamps = (batch.column(name).to_numpy() for name in EVENTS_COLUMNS)
+        is_no_item = (items < 0) | (items >= len(tally.counts))
+        is_no_time = (timestamps < 0) | (timestamps >= LATEST_S)
         tests = {
-            f"item is outside 0..{len(tally.counts) - 1}": (items < 0)
-            | (items >= len(tally.counts)),
-            "timestamp is negative or beyond the year 5000": (timestamps < 0)
-            | (timestamps >= LATEST_S),
+            f"item is outside 0..{len(tally.counts) - 1} ({_shown(items, is_no_item)})": is_no_item,
+            f"timestamp is negative or beyond the year 5000 ({_shown(timestamps, is_no_time)})": is_no_time,
         }
         if problems := _first_bad(path, tests, begin):
             return problems

@@ -9,7 +9,7 @@ the input.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import duckdb
 
@@ -25,7 +25,13 @@ TICKS_PER_S = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 BANDS = {unit: (10**8 * ticks, 10**10 * ticks) for unit, ticks in TICKS_PER_S.items()}
 
 INTEGER = r"(0|-?[1-9][0-9]*)"
+# What programs write into a column of numbers where there is none.
+NO_NUMBER = r"(?i)[-+]?(nan|n/?a|<na>|none|null|inf|infinity)"
 NUMBER = r"-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][-+]?[0-9]+)?"
+
+
+MOMENT_UNITS: dict[str, TimeUnit] = {"TIMESTAMP": "us", "TIMESTAMP_NS": "ns"}
+TOO_LATE = "beyond the year 5000"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,18 @@ class _Column:
     """BIGINT, DOUBLE, VARCHAR, or TIMESTAMP and TIMESTAMP_NS: BIGINT in micro- and nanoseconds."""
 
 
+@dataclass(frozen=True)
+class _Bad:
+    """Why a row is bad."""
+
+    reason: str
+    """In words."""
+    role: str
+    """The column whose values are shown."""
+    test: str
+    """SQL that is true for such a row."""
+
+
 def clean(
     connection: duckdb.DuckDBPyConnection,
     staged: Staged,
@@ -76,11 +94,13 @@ def clean(
             value=f"TRY_CAST({_text(staged, 'rating')} AS DOUBLE)", kind="DOUBLE"
         )
     values = ", ".join(f"{column.value} AS {role}" for role, column in typed.items())
-    reasons = " ".join(f"WHEN {test} THEN '{why}'" for why, test in _bad(staged, typed).items())
+    tests = _bad(staged, typed, time_unit)
+    reasons = " ".join(f"WHEN {one.test} THEN '{one.reason}'" for one in tests)
+    raws = " ".join(f"WHEN {one.test} THEN raw_{one.role}::VARCHAR" for one in tests)
     connection.execute(
         f"CREATE VIEW typed AS SELECT seq, file, {', '.join(typed)}, "
-        f"CASE {reasons} END AS reason FROM (SELECT rowid AS seq, file, {values}, "
-        f"{', '.join(f'{role} AS raw_{role}' for role in typed)} FROM staged)"
+        f"CASE {reasons} END AS reason, CASE {raws} END AS raw FROM (SELECT rowid AS seq, file, "
+        f"{values}, {', '.join(f'{role} AS raw_{role}' for role in typed)} FROM staged)"
     )
     rows_read = scalar(connection, "SELECT count(*) FROM staged") + staged.num_malformed
     dropped = _bad_row_counts(connection, staged, bad_rows)
@@ -135,11 +155,11 @@ def _text(staged: Staged, role: str) -> str:
 def _profile(
     connection: duckdb.DuckDBPyConnection, staged: Staged, role: str
 ) -> tuple[int, int, int]:
-    """How many texts a column has, how many are plain int64 numbers, how many are numbers."""
-    value = f"nullif({_text(staged, role)}, '')"
+    """How many texts a column has but for NO_NUMBER, how many are plain int64s, how many numbers."""
+    value = f"nullif(trim({_text(staged, role)}), '')"
     return row(
         connection,
-        f"""SELECT count(v),
+        f"""SELECT count(v) FILTER (NOT regexp_full_match(v, '{NO_NUMBER}')),
                    count(*) FILTER (regexp_full_match(v, '{INTEGER}')
                                     AND TRY_CAST(v AS BIGINT) IS NOT NULL),
                    count(*) FILTER (regexp_full_match(v, '{NUMBER}'))
@@ -200,16 +220,24 @@ def _whole_floats(
     if count:
         raise ValueError(
             f"{_first_file(connection, staged, inexact)}: column {name!r} ({role}_column) is float "
-            f"and {count:,} values are fractions or too large to be exact; {advice}"
+            f"and {count:,} values are fractions or too large to be exact, such as "
+            f"{_examples(connection, value, inexact)}; {advice}"
         )
     is_null = f"({finite}) IS NULL"
     num_null = scalar(connection, f"SELECT count(*) FROM staged WHERE {is_null}")
     if num_null and bad_rows == "raise":
         raise ValueError(
             f"{_first_file(connection, staged, is_null)}: column {name!r} ({role}_column) is float "
-            f"because of {num_null:,} nulls; {advice}, or leave those rows out with bad_rows=drop"
+            f"because of {num_null:,} nulls, NaN or infinities; {advice}, or leave those rows out with "
+            "bad_rows=drop"
         )
     return _Column(value=f"CAST({finite} AS BIGINT)", kind="BIGINT")
+
+
+def _examples(connection: duckdb.DuckDBPyConnection, value: str, test: str) -> str:
+    """Up to five values of staged rows for which `test` holds."""
+    rows = connection.execute(f"SELECT {value} FROM staged WHERE {test} LIMIT 5").fetchall()
+    return ", ".join(f"{value}" for (value,) in rows)
 
 
 def _refuse_odd_json(connection: duckdb.DuckDBPyConnection, staged: Staged, role: str) -> None:
@@ -224,7 +252,8 @@ def _refuse_odd_json(connection: duckdb.DuckDBPyConnection, staged: Staged, role
     if num_odd:
         raise ValueError(
             f"{_first_file(connection, staged, odd)}: column {name!r} holds {num_odd:,} objects, "
-            "lists or booleans; ids are integers or strings"
+            f"lists or booleans, such as {_examples(connection, f'{role}[:40]', odd)}; ids are "
+            "integers or strings"
         )
     if 0 < num_strings < count:
         is_number = f"NOT starts_with({role}, '\"')"
@@ -255,10 +284,12 @@ def _time_column(connection: duckdb.DuckDBPyConnection, staged: Staged) -> _Colu
             "unix time to minutes; write it as int64"
         )
     if kind == "VARCHAR" or kind in ("TEXT", "JSON"):
-        text = f"nullif({_text(staged, 'time')}, '')"
+        text = f"nullif(trim({_text(staged, 'time')}), '')"
         count, num_integers, num_numbers = _profile(connection, staged, "time")
         if num_numbers == 0 and count:
-            return _Column(value=f"epoch_us(TRY_CAST({text} AS TIMESTAMPTZ))", kind="TIMESTAMP")
+            # Dates begin with the year; DuckDB reads 'epoch' and 'infinity' as well.
+            date = f"CASE WHEN {text}[1] BETWEEN '0' AND '9' THEN {text} END"
+            return _Column(value=f"epoch_us(TRY_CAST({date} AS TIMESTAMPTZ))", kind="TIMESTAMP")
         if num_integers == num_numbers:
             # Only plain integers: TRY_CAST alone would round '1.7' and '1e3'.
             is_integer = f"regexp_full_match({text}, '{INTEGER}')"
@@ -279,24 +310,30 @@ def _time_column(connection: duckdb.DuckDBPyConnection, staged: Staged) -> _Colu
     return _Column(value=value, kind=kind)
 
 
-def _bad(staged: Staged, typed: dict[str, _Column]) -> dict[str, str]:
-    """Reason to SQL test, over the typed and the raw columns; the first that holds counts."""
-    tests: dict[str, str] = {}
-    for role in typed:
+def _bad(staged: Staged, typed: dict[str, _Column], asked: TimeUnit) -> list[_Bad]:
+    """Tests over the typed and the raw columns; the first that holds is a row's reason."""
+    tests: list[_Bad] = []
+    if set(staged.types.values()) == {"JSON"}:
+        # What DuckDB makes of a malformed line, or of an object with other keys.
+        nothing = " AND ".join(f"raw_{role} IS NULL" for role in typed)
+        tests.append(_Bad("nothing readable", "time", nothing))
+    for role, column in typed.items():
         name = staged.columns[role].replace("'", "''")
         is_null = f"raw_{role} IS NULL"
         if staged.types[role] in ("TEXT", "JSON", "VARCHAR"):
-            is_null += f" OR raw_{role} IN ('', '\"\"')"
-        tests[f"null {name}"] = is_null
-        tests[f"unreadable {name}"] = f"{role} IS NULL"
-        if typed[role].kind == "DOUBLE":
-            tests[f"unreadable {name}"] += f" OR NOT isfinite({role})"
-    tests[f"negative {staged.columns['time']}".replace("'", "''")] = "time < 0"
+            is_null += f" OR trim(raw_{role}) IN ('', '\"\"')"
+        is_unreadable = f"{role} IS NULL"
+        if column.kind == "DOUBLE":
+            is_unreadable += f" OR NOT isfinite({role})"
+        tests.append(_Bad(f"null {name}", role, is_null))
+        tests.append(_Bad(f"unreadable {name}", role, is_unreadable))
+    name = staged.columns["time"].replace("'", "''")
+    tests.append(_Bad(f"negative {name}", "time", "time < 0"))
+    unit = MOMENT_UNITS.get(typed["time"].kind, asked)
+    if unit != "auto":
+        test = f"time >= {LATEST_S * TICKS_PER_S[unit]}"
+        tests.append(_Bad(f"{name} {TOO_LATE}", "time", test))
     return tests
-
-
-def _first_seq(connection: duckdb.DuckDBPyConnection, file: int) -> int:
-    return scalar(connection, f"SELECT min(rowid) FROM staged WHERE file = {file}")
 
 
 def _bad_row_counts(
@@ -304,18 +341,38 @@ def _bad_row_counts(
 ) -> dict[str, int]:
     """Bad rows by reason; with bad_rows=raise, an error that names files, columns and counts."""
     found = connection.execute(
-        "SELECT reason, count(*), min(file), min(seq) FROM typed WHERE reason IS NOT NULL "
-        "GROUP BY reason ORDER BY reason"
+        "SELECT reason, count(*), count(DISTINCT file), min({'seq': seq, 'file': file, 'raw': raw}, 5) "
+        "FROM typed WHERE reason IS NOT NULL GROUP BY reason ORDER BY reason"
     ).fetchall()
     if found and bad_rows == "raise":
-        told = "; ".join(
-            f"{staged.files[file]}: {count:,} {'row' if count == 1 else 'rows'} with {reason}, "
-            f"first in row {seq - _first_seq(connection, file) + 1:,} of this file"
-            for reason, count, file, seq in found
-        )
-        raise ValueError(f"{told}; mend the rows, or leave them out with bad_rows=drop")
+        told = "; ".join(_told(connection, staged, *one) for one in found)
+        unit = " (or look at time_unit)" if TOO_LATE in told else ""
+        raise ValueError(f"{told}; mend the rows{unit}, or leave them out with bad_rows=drop")
     malformed = {"malformed line": staged.num_malformed} if staged.num_malformed else {}
     return malformed | {reason: count for reason, count, *_ in found}
+
+
+def _told(
+    connection: duckdb.DuckDBPyConnection,
+    staged: Staged,
+    reason: str,
+    num_rows: int,
+    num_files: int,
+    first: list[dict[str, Any]],
+) -> str:
+    """Bad rows of a reason: how many, where, and up to five of them."""
+    file = first[0]["file"]
+    begin = scalar(connection, f"SELECT min(rowid) FROM staged WHERE file = {file}") - 1
+    here = [one for one in first if one["file"] == file]
+    rows = f"{num_rows:,} {'row' if num_rows == 1 else 'rows'}"
+    rows += f" in {num_files:,} files" if num_files > 1 else ""
+    values = [str(one["raw"])[:40] for one in here if one["raw"] not in (None, "")]
+    places = [f"{one['seq'] - begin:,}" for one in here]
+    examples = f": {', '.join(values)}" if values else f" ({', '.join(places)})"
+    return (
+        f"{staged.files[file]}: {rows} with {reason}, first in row {places[0]} of this file"
+        f"{examples if values or len(places) > 1 else ''}"
+    )
 
 
 def _unit(
@@ -328,14 +385,8 @@ def _unit(
             raise ValueError(
                 f"time_unit={asked} has no effect: column {name!r} holds timestamps; leave it out"
             )
-        return "us" if kind == "TIMESTAMP" else "ns"
+        return MOMENT_UNITS[kind]
     if asked != "auto":
-        latest = scalar(connection, f"SELECT max(time) FROM typed WHERE {is_kept}")
-        if latest >= LATEST_S * TICKS_PER_S[asked]:
-            raise ValueError(
-                f"time_unit={asked}: column {name!r} reaches {latest}, beyond the year 5000; "
-                "give the unit that the values have, or auto"
-            )
         return asked
     cases = " ".join(
         f"WHEN time >= {low} AND time < {high} THEN '{unit}'" for unit, (low, high) in BANDS.items()
@@ -357,5 +408,5 @@ def _unit(
     )
     raise ValueError(
         f"column {name!r} {problem}: {told}; mend the values, or if all have one unit, "
-        "set time_unit=s|ms|us|ns"
+        "set time_unit=s|ms|us|ns, and bad_rows=drop to leave out those beyond the year 5000 in it"
     )

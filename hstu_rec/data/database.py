@@ -29,10 +29,12 @@ def database(folder: Path, memory_limit: str = MEMORY_LIMIT) -> Iterator[duckdb.
         "preserve_insertion_order": True,
     }
     try:
+        if memory_limit.lstrip().startswith("-"):  # DuckDB takes it as none
+            raise duckdb.InvalidInputException("it is negative")
         connection = duckdb.connect(str(work / "events.duckdb"), config=settings)
     except duckdb.Error as error:
         raise ValueError(
-            f"memory_limit must be a size such as 4GB, or a share such as 50%; got {memory_limit}"
+            f"memory_limit must be a size such as 4GB, or a share such as 50%; got '{memory_limit}'"
         ) from error
     try:
         connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
@@ -41,6 +43,11 @@ def database(folder: Path, memory_limit: str = MEMORY_LIMIT) -> Iterator[duckdb.
         raise ValueError(
             f"memory_limit={memory_limit} is too small for this input; raise it, or make room on "
             f"the disk of {folder.parent} ({str(error).splitlines()[0]})"
+        ) from error
+    except duckdb.IOException as error:
+        raise OSError(
+            f"a file in {folder.parent} cannot be written or read ({str(error).splitlines()[0]}); look at "
+            "the disk"
         ) from error
     finally:
         connection.close()

@@ -29,7 +29,7 @@ EVENT_CHUNK_ROWS = 2**22
 ITEMS, SEQUENCES = "items.parquet", "sequences.parquet"
 MAPPED = ("counts.arrow", "users.arrow", "events.arrow")
 MAX_ITEMS = 2**31 - 1
-# Timestamps are before this: larger ones are no seconds.
+# Times are unix seconds below this, in the year 5138.
 LATEST_S = 10**11
 # Of a parquet file, what its fingerprint is of.
 END_BYTES = 2**16
@@ -143,6 +143,7 @@ class Dataset:
                     f"{self.path}: stats.json tells of {self.stats[name]} {name}, the files hold "
                     f"{number}; prepare the dataset again"
                 )
+        self._check_users()
 
     @property
     def facts(self) -> dict[str, int | float | str]:
@@ -188,14 +189,44 @@ class Dataset:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Events [begins[b], ends[b]) of each user, as (items [T], timestamps [T] in s, offsets [B+1]).
 
-        Positions count from the user's first event. All int64. Raises ValueError when a mapped file was cut.
+        Positions count from the user's first event. All int64. Raises ValueError when a mapped file was cut,
+        and for items and times that no prepared folder has.
         """
         self._files.check()
         counts = ends - begins
         offsets = offsets_of(counts)
         first = self.starts[users] + begins
         rows = np.repeat(first - offsets[:-1], counts) + np.arange(offsets[-1])
-        return _take(self._items, rows), _take(self._timestamps, rows), offsets
+        items, timestamps = _take(self._items, rows), _take(self._timestamps, rows)
+        self._check_range("item", items, self.num_items)
+        self._check_range("timestamp", timestamps, LATEST_S)
+        return items, timestamps, offsets
+
+    def _check_users(self) -> None:
+        """Raises ValueError unless users' parts are those of all events, with their targets within."""
+        ends = np.cumsum(self.lengths)
+        is_sound = (
+            (self.starts == ends - self.lengths) & (self.lengths > 0) & (self.train_ends >= 0)
+        )
+        is_sound &= (self.train_ends <= self.valid_ends) & (self.valid_ends <= self.lengths)
+        is_sound[-1:] &= ends[-1:] == self.num_events
+        if not is_sound.all():
+            bad = np.flatnonzero(~is_sound)
+            self._refuse(
+                "users.arrow", f"{len(bad):,} rows are wrong, such as {(bad[:5] + 1).tolist()}"
+            )
+
+    def _check_range(self, name: str, values: np.ndarray, limit: int) -> None:
+        if len(values) and (values.min() < 0 or values.max() >= limit):
+            bad = values[(values < 0) | (values >= limit)]
+            told = f"{len(bad):,} of {len(values):,} values of {name} are outside 0..{limit - 1}"
+            self._refuse("events.arrow", f"{told}, such as {bad[:5].tolist()}")
+
+    def _refuse(self, name: str, told: str) -> None:
+        raise ValueError(
+            f"{self.path / name} has been changed: {told}; prepare the dataset again, or look at all that "
+            f"is wrong with: python apps/prepare.py check={self.path}"
+        )
 
 
 def by_count(train_counts: np.ndarray) -> np.ndarray:

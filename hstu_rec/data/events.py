@@ -17,10 +17,11 @@ from hstu_rec.data.database import row, scalar
 from hstu_rec.data.dataset import MAX_ITEMS
 
 
-def number(connection: duckdb.DuckDBPyConnection, cleaned: Cleaned) -> None:
+def number(connection: duckdb.DuckDBPyConnection, cleaned: Cleaned) -> tuple[int, int]:
     """Makes the table `events`, in numbers, of the view `kept`; drops what that was made of.
 
-    Numbers are in the order of the ids: integers by value, strings by bytes.
+    Numbers are in the order of the ids: integers by value, strings by bytes. Returns how many users and
+    items there are.
     """
     for role in ("user", "item"):
         connection.execute(
@@ -33,6 +34,10 @@ def number(connection: duckdb.DuckDBPyConnection, cleaned: Cleaned) -> None:
         "FROM kept k JOIN user_ids u ON k.user = u.id JOIN item_ids i ON k.item = i.id"
     )
     connection.execute("DROP VIEW kept; DROP VIEW typed; DROP TABLE staged; CHECKPOINT")
+    num_users, num_items = row(
+        connection, "SELECT (SELECT count(*) FROM user_ids), (SELECT count(*) FROM item_ids)"
+    )
+    return num_users, num_items
 
 
 def drop_repeats(connection: duckdb.DuckDBPyConnection, has_tie: bool) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from hstu_rec.data.synthetic import FIRST_DAY_S, event_table, names
+from hstu_rec.settings import above, at_least, within
 
 DAY_S = 86_400
 MARKER, FILLER, QUERY = "marker", "filler", "query"
@@ -45,17 +46,9 @@ class DirichletConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
-        found = []
-        if self.num_users < 1:
-            found.append(f"num_users must be at least 1; got {self.num_users}")
-        if not 0 < self.initial_share <= 1:
-            found.append(f"initial_share must be in (0, 1]; got {self.initial_share}")
-        if not self.alpha > 0:
-            found.append(f"alpha must be above 0; got {self.alpha}")
-        if not 0 <= self.discount < 1:
-            found.append(f"discount must be in [0, 1); got {self.discount}")
-        if self.zipf_exponent < 0:
-            found.append(f"zipf_exponent must be at least 0; got {self.zipf_exponent}")
+        found = at_least(self, 1, "num_users") + at_least(self, 0, "zipf_exponent", "seed")
+        found += within(self, "(0, 1]", "initial_share") + above(self, 0, "alpha")
+        found += within(self, "[0, 1)", "discount")
         if not 3 <= self.shortest <= self.longest:
             found.append(f"need 3 <= shortest <= longest; got {self.shortest} and {self.longest}")
         if self.num_items * self.initial_share < self.longest + 1:
@@ -182,12 +175,8 @@ class CountingConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
-        least = {"num_users": 10, "threshold": 1, "fillers_per_marker": 1, "num_answers": 1}
-        return [
-            f"{name} must be at least {value}; got {getattr(self, name)}"
-            for name, value in least.items()
-            if getattr(self, name) < value
-        ]
+        found = at_least(self, 10, "num_users") + at_least(self, 0, "seed")
+        return found + at_least(self, 1, "threshold", "fillers_per_marker", "num_answers")
 
 
 def counting_events(config: CountingConfig) -> pa.Table:

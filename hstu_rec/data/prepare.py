@@ -11,6 +11,7 @@ the last step takes some numbers a user and an item.
 """
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from hstu_rec.data.database import MEMORY_LIMIT, database
 from hstu_rec.data.events import count, cut_times, drop_rare, drop_repeats, number, order
 from hstu_rec.data.folder import measure, sync, write_events, write_items, write_stats, write_users
 from hstu_rec.data.sources import PRESETS, PresetName, find_files, stage
+from hstu_rec.settings import at_least, within, without_effect
 from hstu_rec.tracking import Stages
 
 
@@ -78,18 +80,19 @@ class PrepareConfig:
 
     def problems(self) -> list[str]:
         """Sentences about values that cannot work."""
-        found = []
-        for name, least in (("min_item_events", 1), ("min_user_events", 1), ("kcore", 0)):
-            if getattr(self, name) < least:
-                found.append(f"{name} must be at least {least}; got {getattr(self, name)}")
+        found = at_least(self, 1, "min_item_events", "min_user_events") + at_least(self, 0, "kcore")
+        found += within(self, "(-inf, inf)", "min_rating") if self.min_rating is not None else []
         names = list(self.columns().values())
         if len(set(names)) < len(names):
             found.append(f"user_column, item_column, ... must differ; got {', '.join(names)}")
         if self.rating_column is not None and self.min_rating is None:
             found.append("rating_column has no effect without min_rating; give both or neither")
-        for name in ("valid_fraction", "test_fraction"):
-            if not 0 < getattr(self, name) < 1:
-                found.append(f"{name} must be between 0 and 1; got {getattr(self, name)}")
+        fractions = "valid_fraction", "test_fraction"
+        found += within(self, "(0, 1)", *fractions)
+        if self.split != "time":
+            found += without_effect(self, f"with split={self.split}", *fractions)
+        elif self.valid_time is not None:
+            found += without_effect(self, "beside valid_time and test_time", *fractions)
         if self.valid_fraction + self.test_fraction >= 1:
             found.append(
                 "valid_fraction and test_fraction must leave events to train on: sum below 1"
@@ -170,7 +173,7 @@ def _make(
             bad_rows=config.bad_rows,
         )
     with stages.stage("number ids"):
-        number(connection, cleaned)
+        users_read, items_read = number(connection, cleaned)
     with stages.stage("filter"):
         dropped = cleaned.dropped | _filter(connection, config, cleaned)
     with stages.stage("split"):
@@ -188,6 +191,8 @@ def _make(
         "format_version": dataset.FORMAT_VERSION,
         **measured,
         "rows_read": cleaned.rows_read,
+        "users_read": users_read,
+        "items_read": items_read,
         "dropped": dropped,
         "time_unit": cleaned.time_unit,
         "split": {"kind": config.split} | split,
@@ -201,6 +206,10 @@ def report(stats: dict[str, Any]) -> str:
     """The statistics of a dataset as lines to print."""
     dropped = ", ".join(f"{why} {count:,}" for why, count in stats["dropped"].items()) or "none"
     lengths = ", ".join(f"{name} {value:g}" for name, value in stats["length"].items())
+    of = {
+        role: f" of {stats[f'{role}_read']:,}" if stats.get(f"{role}_read", 0) > stats[role] else ""
+        for role in ("users", "items")
+    }
     first, last = (
         datetime.fromtimestamp(stats[f"{end}_timestamp"], UTC).date() for end in ("first", "last")
     )
@@ -208,8 +217,8 @@ def report(stats: dict[str, Any]) -> str:
     rate = stats["rows_read"] / max(stats["prepare_s"], 1e-3)
     return "\n".join(
         (
-            f"users    {stats['users']:,}",
-            f"items    {stats['items']:,}",
+            f"users    {stats['users']:,}{of['users']}",
+            f"items    {stats['items']:,}{of['items']}",
             f"events   {stats['events']:,} of {stats['rows_read']:,} rows; "
             f"density {stats['density']:.3g}",
             f"length   {lengths}",
@@ -226,7 +235,7 @@ def report(stats: dict[str, Any]) -> str:
 
 def _seconds(moment: str) -> int:
     """Unix seconds of a number or an ISO date (UTC unless it names its zone)."""
-    if moment.lstrip("-").isdigit():
+    if re.fullmatch("-?[0-9]+", moment):
         return int(moment)
     try:
         parsed = datetime.fromisoformat(moment)

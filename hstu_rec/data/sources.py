@@ -8,8 +8,10 @@ Text stays text and JSON values stay JSON: what they mean is decided in clean.py
 never on a sample.
 """
 
+import codecs
 import csv
 import gzip
+import re
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -17,11 +19,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from glob import escape, glob
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import duckdb
+import pyarrow.parquet as pq
 
-from hstu_rec.data.database import quoted
+from hstu_rec.data.database import quoted, scalar
 
 Format = Literal["parquet", "csv", "json"]
 PresetName = Literal["none", "amazon2014", "movielens_dat", "movielens_csv"]
@@ -93,26 +96,37 @@ class Staged:
 
 
 def find_files(source: str | Path, preset: Preset) -> list[Path]:
-    """The event files of a file, folder or glob, sorted by name; all of one format.
+    """The event files of a file, folder or glob, sorted by name; all of one format, none twice.
 
-    Raises FileNotFoundError when there are none, ValueError when formats are unknown or mixed.
+    Raises FileNotFoundError when there are none, ValueError when formats are unknown or mixed, or a
+    link leads nowhere.
     """
     path = Path(source)
-    if path.is_dir():
-        files = [
+    if str(source) and path.is_dir():
+        names = [
             found
             for found in path.iterdir()
-            if found.is_file()
-            and not found.name.startswith((".", "_"))
+            if not found.name.startswith((".", "_"))
             and found.name.startswith(preset.file_stem)
             and _suffix(found) in SUFFIXES
         ]
         wanted = f"{preset.file_stem}*" if preset.file_stem else "*" + ", *".join(SUFFIXES)
         missing = f"folder {path} holds no event file ({wanted}, also with .gz)"
+        if any(found.is_dir() for found in path.iterdir()):
+            missing += (
+                f", and folders in it are read by a glob alone, such as '{path}/**/*.parquet'"
+            )
     else:
-        files = [path] if path.is_file() else [Path(p) for p in glob(str(source), recursive=True)]
-        files = [found for found in files if found.is_file()]
-        missing = f"no file, folder or glob match at {source}"
+        is_one = path.is_file() or path.is_symlink()
+        names = [path] if is_one else map(Path, glob(str(source), recursive=True))
+        missing = f"no file, folder or glob match at '{source}'"
+    found_by_place: dict[Path, Path] = {}
+    for found in sorted(names, key=lambda found: (found.name, str(found))):
+        if found.is_symlink() and not found.exists():
+            raise ValueError(f"{found} is a link that leads nowhere; mend it, or remove it")
+        if found.is_file():
+            found_by_place.setdefault(found.resolve(), found)
+    files = list(found_by_place.values())
     if not files:
         raise FileNotFoundError(f"{missing}; give the path of your events")
     unknown = [str(found) for found in files if _suffix(found) not in SUFFIXES]
@@ -127,7 +141,7 @@ def find_files(source: str | Path, preset: Preset) -> list[Path]:
             f"{source} holds {' and '.join(sorted(formats))} files; "
             "give a glob that takes one format"
         )
-    return sorted(files, key=lambda found: (found.name, str(found)))
+    return files
 
 
 def stage(
@@ -161,11 +175,15 @@ def stage(
             if has_bad_lines_dropped and relation.startswith("read_csv"):
                 num_malformed += _rejected_lines(connection)
         except (duckdb.Error, OSError, EOFError, zlib.error) as error:
-            if isinstance(error, (duckdb.OutOfMemoryException, FileNotFoundError)):
+            if isinstance(error, duckdb.OutOfMemoryException):
                 raise
+            if not path.exists():
+                told = "was there and is gone; give files that nothing else moves"
+                raise FileNotFoundError(f"{path} {told}") from error
+            has_lines = SUFFIXES[_suffix(path)] != "parquet" and not has_bad_lines_dropped
+            drop = ", or leave malformed lines out with bad_rows=drop" if has_lines else ""
             raise ValueError(
-                f"{path}: cannot be read: {_brief(error)}; write the file again, or leave malformed "
-                "lines out with bad_rows=drop"
+                f"{path}: cannot be read: {_brief(error)}; write the file again{drop}"
             ) from error
         types = types or found
     return Staged(files=files, columns=columns, types=types, num_malformed=num_malformed)
@@ -217,29 +235,38 @@ def _relation(
     lenient = "true" if has_bad_lines_dropped else "false"
     match SUFFIXES[_suffix(path)]:
         case "parquet":
-            relation = f"read_parquet({file})"
+            relation = f"read_parquet({file}, hive_partitioning=false)"
             shape = dict(_describe(connection, relation))
+            # DuckDB gives the second of two equal names another one.
+            _refuse_twice(path, columns, pq.read_schema(readable).names)
             _require(path, columns, list(shape))
             types = {role: _parquet_type(path, name, shape[name]) for role, name in columns.items()}
+            for name in (name for role, name in columns.items() if types[role] == "BIGINT"):
+                _refuse_wide(connection, path, relation, name)
             return relation, types
         case "json":
-            sniffed = f"read_json({file}, format='newline_delimited', ignore_errors={lenient})"
-            _require(path, columns, [name for name, _ in _describe(connection, sniffed)])
-            shape = ", ".join(f"{_name(name)}: 'JSON'" for name in columns.values())
-            relation = (
-                f"read_json({file}, format='newline_delimited', auto_detect=false, "
-                f"columns={{{shape}}}, ignore_errors={lenient})"
+            _refuse_no_lines(path)
+            options = (
+                f"format='newline_delimited', ignore_errors={lenient}, hive_partitioning=false"
             )
+            names = [name for name, _ in _describe(connection, f"read_json({file}, {options})")]
+            if names == ["json"] and "json" not in columns.values():
+                raise OSError("it has lines that are no objects; write one object a line")
+            _require(path, columns, names)
+            shape = ", ".join(f"{_name(name)}: 'JSON'" for name in columns.values())
+            relation = f"read_json({file}, {options}, auto_detect=false, columns={{{shape}}})"
             return relation, dict.fromkeys(columns, "JSON")
         case "csv":
             delimiter, header = _header(path, columns, preset)
             _require(path, columns, header)
+            _refuse_twice(path, dict(enumerate(header)), header)
             shape = ", ".join(f"{_name(name)}: 'VARCHAR'" for name in header)
             quote = "" if delimiter == "::" else '"'
             rejects = ", ignore_errors=true, store_rejects=true, rejects_limit=0"
             relation = (
                 f"read_csv({file}, auto_detect=false, delim={quoted(delimiter)}, quote='{quote}', "
-                f"escape='{quote}', header={not preset.header}, columns={{{shape}}}, nullstr=''"
+                f"escape='{quote}', header={not preset.header}, columns={{{shape}}}, nullstr='', "
+                f"hive_partitioning=false"
                 f"{rejects if has_bad_lines_dropped else ''})"
             )
             return relation, dict.fromkeys(columns, "TEXT")
@@ -255,28 +282,65 @@ def _header(path: Path, columns: dict[str, str], preset: Preset) -> tuple[str, l
     """The separator and the column names of a text file."""
     if preset.header:
         return preset.delimiter, list(preset.header)
-    opened = (
-        gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-        if path.name.lower().endswith(".gz")
-        else path.open("rt", encoding="utf-8-sig", newline="")
-    )
+    line = re.split(rb"[\r\n]", _head(path), maxsplit=1)[0]
     try:
-        with opened as lines:
-            first = lines.readline()
-    except UnicodeDecodeError as error:
+        first = line.decode("utf-8-sig")
+        if "\0" in first:
+            raise ValueError("it holds zero bytes, as UTF-16 does")
+    except ValueError as error:
         raise ValueError(
-            f"{path}: the first line is not UTF-8 text; write the file as UTF-8"
+            f"{path}: the first line is not UTF-8 text ({error}); write the file as UTF-8"
         ) from error
+    if not first.strip():
+        raise ValueError(f"{path}: the first line is empty; it must name the columns")
     candidates = [preset.delimiter] if preset.delimiter else [",", "\t", ";", "|"]
     headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in candidates}
     best = max(
         candidates,
         key=lambda mark: (len(set(columns.values()) & set(headers[mark])), len(headers[mark])),
     )
-    twice = {name for name in headers[best] if headers[best].count(name) > 1}
-    if twice:
-        raise ValueError(f"{path}: the header names column {sorted(twice)[0]!r} twice; rename one")
     return best, headers[best]
+
+
+def _head(path: Path) -> bytes:
+    """The first MiB, unpacked."""
+    is_packed = path.name.lower().endswith(".gz")
+    with gzip.open(path) if is_packed else path.open("rb") as content:
+        return content.read(2**20)
+
+
+def _refuse_no_lines(path: Path) -> None:
+    """Refuses JSON that is not one object a line, as far as its beginning tells."""
+    head = _head(path)
+    if head.startswith(codecs.BOM_UTF8):
+        raise OSError("it begins with a byte order mark, which JSON lines have not")
+    if head.lstrip()[:1] == b"[":
+        raise OSError("it holds a list, not one object a line, as jq -c '.[]' writes")
+
+
+def _refuse_twice(path: Path, columns: dict[Any, str], names: list[str]) -> None:
+    """Refuses a file in which one of `columns` has several names but for case, as DuckDB sees them."""
+    for name in columns.values():
+        alike = [one for one in names if one.lower() == name.lower()]
+        if len(alike) > 1:
+            raise ValueError(
+                f"{path}: the header names column {name!r} twice ({', '.join(alike)}); rename one"
+            )
+
+
+def _refuse_wide(
+    connection: duckdb.DuckDBPyConnection, path: Path, relation: str, name: str
+) -> None:
+    """Refuses integers that int64 does not hold, with a count and five of them."""
+    column = _name(name)
+    wide = f"FROM {relation} WHERE {column} IS NOT NULL AND TRY_CAST({column} AS BIGINT) IS NULL"
+    if not (num_wide := scalar(connection, f"SELECT count(*) {wide}")):
+        return
+    rows = connection.execute(f"SELECT {column}::VARCHAR {wide} LIMIT 5").fetchall()
+    raise ValueError(
+        f"{path}: column {name!r} has {num_wide:,} integers beyond int64, such as "
+        f"{', '.join(value for (value,) in rows)}; write the column as strings"
+    )
 
 
 def _require(path: Path, columns: dict[str, str], present: list[str]) -> None:
@@ -326,9 +390,11 @@ def _same_types(
     """Refuses a file in which a column has another type than in the first file."""
     for role, name in columns.items():
         if found[role] != types[role]:
+            pair = {found[role], types[role]}
+            had_nulls = " (integers that became floats usually had nulls)"
             raise ValueError(
                 f"{path}: column {name!r} is {found[role]} here but {types[role]} in {first}; "
-                "write all files with one type (integers that became floats usually had nulls)"
+                f"write all files with one type{had_nulls if pair == {'BIGINT', 'DOUBLE'} else ''}"
             )
 
 

@@ -43,6 +43,8 @@ class Rule:
     """The same in words, after "where"."""
     advice: str
     """What to do."""
+    value: str = "NULL"
+    """SQL of what is shown of a bad row."""
 
 
 def open_rows(connection: duckdb.DuckDBPyConnection, folder: Path, name: str) -> list[str]:
@@ -121,11 +123,13 @@ def item_problems(connection: duckdb.DuckDBPyConnection, folder: Path) -> list[s
             f"index < 0 OR index > {last}",
             f"index is outside 0..{last}",
             f"number the {num_items:,} items from 0 without a gap",
+            "index",
         ),
     ]
     for column in has & set(OPTIONAL[ITEMS]):
         told = f"{column} is null or negative"
-        rules.append(Rule(f"{column} IS NULL OR {column} < 0", told, "give the number of events"))
+        test = f"{column} IS NULL OR {column} < 0"
+        rules.append(Rule(test, told, "give the number of events", column))
     return [
         *_broken(connection, view, path, rules),
         *_repeated(connection, view, path, "item_id", "give every item one row"),
@@ -140,6 +144,15 @@ def sequence_problems(connection: duckdb.DuckDBPyConnection, folder: Path) -> li
         return [f"{path} has no rows; write one for each user"]
     last = scalar(connection, f"SELECT count(*) FROM {VIEWS[ITEMS]}") - 1
     has_ends = "train_end" in given(connection, folder, SEQUENCES)
+    rules = _sequence_rules(last, has_ends)
+    return [
+        *_broken(connection, view, path, rules),
+        *_repeated(connection, view, path, "user_id", "give every user one row"),
+    ]
+
+
+def _sequence_rules(last: int, has_ends: bool) -> list[Rule]:
+    """The rules of a user's row, for items 0..last, with or without ends."""
     is_complete = "len(timestamps) = list_count(timestamps)"
     rules = [
         Rule(_is_no_id("user_id"), "user_id is null or empty", "give every user its id"),
@@ -161,12 +174,19 @@ def sequence_problems(connection: duckdb.DuckDBPyConnection, folder: Path) -> li
             f"list_min(item_indices) < 0 OR list_max(item_indices) > {last}",
             f"an item index is outside 0..{last}",
             f"use the indices of {ITEMS}",
+            f"list_filter(item_indices, lambda i: i < 0 OR i > {last})[1]",
         ),
-        Rule("list_min(timestamps) < 0", "a timestamp is negative", "leave such events out"),
+        Rule(
+            "list_min(timestamps) < 0",
+            "a timestamp is negative",
+            "leave such events out",
+            "list_min(timestamps)",
+        ),
         Rule(
             f"list_max(timestamps) >= {LATEST_S}",
             "a timestamp is beyond the year 5000",
             "write unix seconds, not milliseconds",
+            "list_max(timestamps)",
         ),
         Rule(
             f"{is_complete} AND timestamps <> list_sort(timestamps)",
@@ -183,10 +203,7 @@ def sequence_problems(connection: duckdb.DuckDBPyConnection, folder: Path) -> li
                 "count the events of training, and of training and validation",
             )
         )
-    return [
-        *_broken(connection, view, path, rules),
-        *_repeated(connection, view, path, "user_id", "give every user one row"),
-    ]
+    return rules
 
 
 def make_tables(connection: duckdb.DuckDBPyConnection, folder: Path) -> str:
@@ -218,15 +235,18 @@ def _broken(
 ) -> Iterator[str]:
     """A sentence for each rule that some row breaks, all of them in one pass."""
     tests = ", ".join(
-        f"count(*) FILTER ({rule.broken}), min({{'file': file, 'row': row}}) FILTER ({rule.broken})"
+        f"count(*) FILTER ({rule.broken}), min({{'file': file, 'row': row, "
+        f"'value': ({rule.value})::VARCHAR}}, 5) FILTER ({rule.broken})"
         for rule in rules
     )
     (found,) = connection.execute(f"SELECT {tests} FROM {view}").fetchall()
     for rule, num_rows, first in zip(rules, found[::2], found[1::2], strict=True):
         if num_rows:
+            values = ", ".join(one["value"] for one in first if one["value"] is not None)
             yield (
                 f"{path}: {num_rows:,} {'row' if num_rows == 1 else 'rows'} where {rule.what}, "
-                f"first {first['file']} row {first['row']:,}; {rule.advice}"
+                f"first {first[0]['file']} row {first[0]['row']:,}"
+                f"{values and f': {values}'}; {rule.advice}"
             )
 
 

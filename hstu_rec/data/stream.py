@@ -27,6 +27,7 @@ from hstu_rec.data.stochastic_length import (
     whole_share,
 )
 from hstu_rec.data.synthetic import SYNTHETIC, SyntheticConfig, SyntheticDataset
+from hstu_rec.settings import at_least, without_effect
 
 Split = Literal["valid", "test"]
 # Users whose targets are read together.
@@ -54,11 +55,7 @@ class DataConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
-        found = [
-            f"{name} must be at least 0; got {getattr(self, name)}"
-            for name in ("batch_users", "batch_events")
-            if getattr(self, name) < 0
-        ]
+        found = at_least(self, 0, "batch_users", "batch_events")
         if (self.batch_users > 0) == (self.batch_events > 0):
             found.append(
                 "batch_users and batch_events: exactly one must be above 0; got "
@@ -66,8 +63,8 @@ class DataConfig:
             )
         if self.length_alpha and not 1 < self.length_alpha <= 2:
             found.append(f"length_alpha must be in (1, 2], or 0 for off; got {self.length_alpha}")
-        if self.length_choice != "uniform" and not self.length_alpha:
-            found.append("length_choice has no effect without length_alpha; set one of them")
+        if not self.length_alpha:
+            found += without_effect(self, "without length_alpha", "length_choice")
         if self.path != SYNTHETIC and self.synthetic != SyntheticConfig():
             found.append(f"synthetic.* has no effect but with path={SYNTHETIC}; got {self.path}")
         return found

@@ -11,7 +11,6 @@ to x ** -length_exponent.
 """
 
 import hashlib
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -26,6 +25,7 @@ import pyarrow.parquet as pq
 from hstu_rec.data.dataset import MAX_ITEMS, by_count, offsets_of
 from hstu_rec.data.hashes import mixed, stream, uniform
 from hstu_rec.data.zipf_catalogue import PowerLaw, ZipfCatalogue
+from hstu_rec.settings import at_least, within
 
 SYNTHETIC = "synthetic"
 MAX_LENGTH = 2**24
@@ -62,20 +62,15 @@ class SyntheticConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
-        found = []
-        if self.num_users < 1:
-            found.append(f"num_users must be at least 1; got {self.num_users}")
+        found = at_least(self, 1, "num_users")
         if not 1 <= self.num_items <= MAX_ITEMS:
             found.append(f"num_items must be in 1..{MAX_ITEMS}; got {self.num_items}")
         if not 3 <= self.shortest <= self.longest <= MAX_LENGTH:
             found.append(
                 f"need 3 <= shortest <= longest <= {MAX_LENGTH}; got {self.shortest} and {self.longest}"
             )
-        for name in ("length_exponent", "zipf_exponent"):
-            if not 0 <= getattr(self, name) < math.inf:
-                found.append(f"{name} must be a number of at least 0; got {getattr(self, name)}")
-        if not 0 <= self.rule_share <= 1:
-            found.append(f"rule_share must be in [0, 1]; got {self.rule_share}")
+        found += within(self, "[0, inf)", "length_exponent", "zipf_exponent")
+        found += within(self, "[0, 1]", "rule_share")
         if not 0 <= self.seed < 2**63:
             found.append(f"seed must be in 0..{2**63 - 1}; got {self.seed}")
         return found
