@@ -5,7 +5,6 @@ the package: a default process group always exists after `start()`.
 """
 
 import ctypes
-import functools
 import gc
 import hashlib
 import os
@@ -13,12 +12,10 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass, replace
 from datetime import timedelta
 from ipaddress import ip_address
-from itertools import accumulate
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -167,60 +164,6 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def on_device(values: T, device: torch.device, but: Collection[str] = ()) -> T:
-    """A copy of a dataclass, its tensors and those of dataclasses in it on `device`, but for some fields.
-
-    From CPU to CUDA they travel as one, through pinned memory: nothing waits for the device.
-    """
-    found = list(tensors_of(values, but))
-    is_sent = device.type == "cuda" and all(tensor.device.type == "cpu" for tensor in found)
-    moved = sent(found, device) if is_sent else [tensor.to(device) for tensor in found]
-    return with_tensors(values, iter(moved), but)
-
-
-def tensors_of(values: Any, but: Collection[str] = ()) -> Iterator[torch.Tensor]:
-    """The tensors of a dataclass and of dataclasses in it."""
-    for field in fields(values):
-        value = getattr(values, field.name)
-        if field.name in but:
-            continue
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif is_dataclass(value):
-            yield from tensors_of(value)
-
-
-def with_tensors(values: T, tensors: Iterator[torch.Tensor], but: Collection[str] = ()) -> T:
-    """A copy of a dataclass with others in place of its `tensors_of`."""
-    changed = {}
-    for field in fields(values):
-        value = getattr(values, field.name)
-        if field.name in but:
-            continue
-        if isinstance(value, torch.Tensor):
-            changed[field.name] = next(tensors)
-        elif is_dataclass(value):
-            changed[field.name] = with_tensors(value, tensors)
-    return replace(values, **changed)
-
-
-def sent(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """Copies of CPU tensors, views of one piece of memory on `device`, each on a multiple of 16 bytes."""
-    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-    begins = [0, *accumulate(-(-size // 16) * 16 for size in sizes)]
-    packed = torch.empty(begins[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
-
-    def parts(memory: torch.Tensor) -> list[torch.Tensor]:
-        return [
-            memory[begin : begin + size].view(tensor.dtype).view(tensor.shape)
-            for tensor, begin, size in zip(tensors, begins, sizes, strict=False)
-        ]
-
-    for part, tensor in zip(parts(packed), tensors, strict=True):
-        part.copy_(tensor)
-    return parts(packed.to(device, non_blocking=True))
-
-
 def stop() -> None:
     """Leaves the process group; harmless when there is none."""
     if dist.is_initialized():
@@ -363,56 +306,6 @@ def start_all_reduce_sum(tensor: torch.Tensor) -> Callable[[], None]:
     work = dist.all_reduce(tensor, async_op=True)
     assert work is not None
     return work.wait  # pyright: ignore[reportReturnType]
-
-
-def start_reading(
-    values: torch.Tensor, wait: Callable[[], None] | None = None
-) -> Callable[[], list[float]]:
-    """Begins to bring a scalar or vector to the host, once `wait`, where given, is through; what is returned
-    waits for it alone, not for what a GPU is given to do meanwhile."""
-    if not values.is_cuda:
-
-        def read() -> list[float]:
-            if wait is not None:
-                wait()
-            return values.reshape(-1).tolist()
-
-        return read
-    now = torch.cuda.current_stream(values.device)
-    # Beside what the GPU does where there is something to wait for.
-    stream = now if wait is None else _side_stream(values.device)
-    stream.wait_stream(now)
-    with torch.cuda.stream(stream):
-        if wait is not None:
-            wait()
-        host = values.reshape(-1).to("cpu", non_blocking=True)
-        done = stream.record_event()
-    values.record_stream(stream)
-
-    def read_host() -> list[float]:
-        done.synchronize()
-        return host.tolist()
-
-    return read_host
-
-
-def beside(device: torch.device, work: Callable[[], T]) -> T:
-    """The dataclass that `work` makes; on CUDA without a wait for what the device is doing, and there before
-    it does what comes next."""
-    if device.type != "cuda":
-        return work()
-    now, stream = torch.cuda.current_stream(device), _side_stream(device)
-    with torch.cuda.stream(stream):
-        made = work()
-    now.wait_stream(stream)
-    for tensor in tensors_of(made):
-        tensor.record_stream(now)
-    return made
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:

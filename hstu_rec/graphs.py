@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from hstu_rec.data.batch import SequenceBatch
-from hstu_rec.distributed import tensors_of, with_tensors
 from hstu_rec.model import Lookup, NextItemModel
 from hstu_rec.ops.triton_layout import BlockLayout
 from hstu_rec.softmax import CHUNK_LOGITS, Negatives
+from hstu_rec.transfer import tensors_of, with_tensors
 
 # Sizes are filled up to multiples of these at least: few sizes, and little to compute for nothing.
 EVENTS, USERS, CANDIDATES, SEEN_RANGES, SEEN_PAIRS = 512, 64, 256, 1024, 4096

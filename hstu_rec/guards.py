@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hstu_rec import distributed
 from hstu_rec.settings import at_least
+from hstu_rec.transfer import start_reading
 
 # Weight of a loss in the mean of which the least is the best: about the last 20 steps.
 MEAN_RATE = 0.05
@@ -118,7 +119,7 @@ class StepGuard:
         told = torch.stack(
             [self._loss, *(torch.full_like(self._loss, float(one)) for one in asked)]
         )
-        self._read = distributed.start_reading(told, distributed.start_all_reduce_sum(told))
+        self._read = start_reading(told, distributed.start_all_reduce_sum(told))
 
     def weigh(self, grad: Tensor) -> None:
         """Takes the gradient [R, D] of this rank's lookup. Collective.
@@ -153,7 +154,7 @@ class StepGuard:
         """
         loss, *num_asking = self._read()
         asked = Asked(*(count > 0 for count in num_asking))
-        read = distributed.start_reading(self.is_finite())
+        read = start_reading(self.is_finite())
         self._unread.append(_Unread(self._place, loss, read))
         is_late = self._is_late and math.isfinite(loss) and not (is_last or asked.stop)
         skipped = []

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from hstu_rec.data.batch import SequenceBatch
-from hstu_rec.distributed import on_device
 from hstu_rec.encoder import HSTUEncoder
 from hstu_rec.item_table import SentIds, check_ids
 from hstu_rec.loss import SampledSoftmax
 from hstu_rec.ops import JaggedLayout
 from hstu_rec.softmax import Negatives
+from hstu_rec.transfer import on_device
 
 
 @dataclass(frozen=True)

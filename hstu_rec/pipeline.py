@@ -18,7 +18,6 @@ from torch import Tensor
 from hstu_rec import distributed
 from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.data.stream import TrainStream
-from hstu_rec.distributed import on_device
 from hstu_rec.graphs import filled_batch, filled_layout, filled_lookup, filled_negatives
 from hstu_rec.item_table import ItemTable, SentIds, check_ids
 from hstu_rec.model import Lookup, NextItemModel
@@ -26,6 +25,7 @@ from hstu_rec.negatives import NegativeSampler, with_seen
 from hstu_rec.ops import JaggedLayout
 from hstu_rec.ops.triton_layout import BlockLayout
 from hstu_rec.softmax import Negatives
+from hstu_rec.transfer import beside, on_device
 
 # Events of a rank's step from which its input is made in a thread beside CUDA: 131,000 events took 15 ms in
 # place of 23. Python's threads take turns: of few events operations are short, and steps were half longer.
@@ -129,7 +129,7 @@ class InputPipeline:
         made = ahead.result() if ahead else self._make(place)
         self._made = {later: self._made[later] for later in self._made if later == place.later(1)}
         # 10 ms on CPU for 270,000 ids, and a wait for the device elsewhere.
-        sent = distributed.beside(self._device, lambda: made.to(self._device).with_lookup())
+        sent = beside(self._device, lambda: made.to(self._device).with_lookup())
         assert sent.lookup is not None
         return sent, self._table.send(sent.lookup.ids, is_checked=True)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hstu_rec import distributed
-from hstu_rec.distributed import on_device
+from hstu_rec.transfer import on_device
 
 LOG2_E = math.log2(math.e)
 # Logits of one chunk of queries, all of which are held until the sums over the candidates are known. When

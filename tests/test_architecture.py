@@ -34,7 +34,7 @@ LAYERS = [
     {"data", "ops"},
     {"checkpoint", "tracking", "guards"},
     {"hosts", "portions"},
-    {"distributed", "versions", "settings"},
+    {"distributed", "versions", "settings", "transfer"},
     {"meeting", "signals"},
 ]
 TORCHREC_USERS = {"item_table.py"}

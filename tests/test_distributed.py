@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hstu_rec import distributed
+from hstu_rec.transfer import sent
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_tensors_sent_as_one_are_the_same() -> None:
         torch.arange(5, dtype=torch.int32),
         torch.randn(3, 2, dtype=torch.float64),
     ]
-    moved = distributed.sent(tensors, torch.device("cpu"))
+    moved = sent(tensors, torch.device("cpu"))
     for copy, tensor in zip(moved, tensors, strict=True):
         assert copy.dtype == tensor.dtype and copy is not tensor
         assert copy.shape == tensor.shape and torch.equal(copy, tensor)

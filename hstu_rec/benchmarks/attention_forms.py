@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu_rec.distributed import on_device
 from hstu_rec.ops import NUM_TIME_BUCKETS, jagged_attention, jagged_layout, time_bucket
+from hstu_rec.transfer import on_device
 
 
 class Unavailable(Exception):

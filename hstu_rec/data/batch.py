@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hstu_rec.distributed import on_device
+from hstu_rec.transfer import on_device
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hstu_rec.distributed import on_device
 from hstu_rec.ops.reference import AttentionKind, time_bucket
+from hstu_rec.transfer import on_device
 
 # A group of its own costs about as much as this many score entries of a head.
 GROUP_OVERHEAD_ENTRIES = 16384
