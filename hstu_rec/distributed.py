@@ -178,17 +178,21 @@ def process_group(device: DeviceChoice = "auto") -> Iterator[torch.device]:
     """`start()` on entry and, if this call made the group, `stop()` on exit.
 
     A failure is told to all processes, and one that waited for the process that failed raises what was told:
-    ValueError for a mistake, else PeerLost.
+    ValueError for a mistake, else PeerLost. The process is to end then: a group of several that has lost one
+    is left as it is, because NCCL's would wait for the lost one on its way down (seen on two H200s).
     """
     is_ours = not dist.is_initialized()
     try:
         yield start(device)
-    except Exception as error:
-        explained = error if _meeting is None else _meeting.explained(error)
-        if explained is error:
-            raise
-        raise explained from error
-    finally:
+    except BaseException as error:
+        if is_ours and world_size() == 1:
+            stop()
+        if isinstance(error, Exception) and _meeting is not None:
+            explained = _meeting.explained(error)
+            if explained is not error:
+                raise explained from error
+        raise
+    else:
         if is_ours:
             stop()
 

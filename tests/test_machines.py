@@ -1,7 +1,6 @@
 """Runs on two hosts: network namespaces of this machine, each with its own name, joined by a cable."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.datasets import write_dataset
+from tests.faults.launched import environment
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -58,10 +58,11 @@ WHY_NOT = why_not()
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "can be made")
 
 
-def on_two_hosts(
-    folder: Path, *command: str, is_name_loopback: bool = False, **variables: str
-) -> tuple[int, dict[str, str]]:
-    """Runs `command` on both hosts; 0 when it ends well on both, and what each of them wrote.
+def job_of_two_hosts(
+    folder: Path, *command: str, is_name_loopback: bool = False
+) -> tuple[list[str], dict[str, str]]:
+    """What runs `command` on both hosts, and variables that it needs; it ends well when both do, and each
+    writes to `folder`/out_<host>.
 
     `is_name_loopback`: a host's own name is 127.0.1.1 to itself, as many systems have it.
     """
@@ -73,19 +74,15 @@ def on_two_hosts(
             f"{address} {name}\n" for name, address in {"localhost": "127.0.0.1", **names}.items()
         ]
         (folder / f"hosts_{host}").write_text("".join(lines))
-    hidden = {
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "GLOO_SOCKET_IFNAME",
-    }
-    environment = {k: v for k, v in os.environ.items() if k not in hidden}
-    environment |= {"FOLDER": str(folder), "PATH": f"{BIN}:{os.environ['PATH']}"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    job = [*UNSHARE, "bash", str(folder / "both.sh"), *command]
-    done = subprocess.run(job, env=environment | variables, cwd=ROOT, timeout=180)
+    return [*UNSHARE, "bash", str(folder / "both.sh"), *command], {"FOLDER": str(folder)}
+
+
+def on_two_hosts(
+    folder: Path, *command: str, is_name_loopback: bool = False, **variables: str
+) -> tuple[int, dict[str, str]]:
+    """Runs `command` on both hosts; 0 when it ends well on both, and what each of them wrote."""
+    job, needed = job_of_two_hosts(folder, *command, is_name_loopback=is_name_loopback)
+    done = subprocess.run(job, env=environment(**needed, **variables), cwd=ROOT, timeout=180)
     return done.returncode, {host: (folder / f"out_{host}").read_text() for host in HOSTS}
 
 
@@ -110,8 +107,7 @@ def test_two_hosts_train_what_two_processes_of_one_host_do(data: Path, tmp_path:
         *settings,
         f"train.run_dir={runs['one']}",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(one, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=180)
+    subprocess.run(one, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=180)
     results = {name: json.loads((run / "result.json").read_text()) for name, run in runs.items()}
     assert results["two"]["timing"]["processes"] == 2
     for part in ("test", "valid", "protocol"):

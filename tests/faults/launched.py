@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -51,6 +52,19 @@ def figures(run: Path) -> dict[str, Any]:
     """What must be the same however often a run was interrupted."""
     result = json.loads((run / "result.json").read_text())
     return {part: result[part] for part in ("test", "valid", "protocol")}
+
+
+def num_rows(run: Path, kind: str) -> int:
+    """Rows of a kind in metrics.jsonl, which are flushed as they come."""
+    path = run / "metrics.jsonl"
+    return path.read_text().count(f'"kind": "{kind}"') if path.exists() else 0
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 def variables_of(pid: int) -> dict[str, str]:

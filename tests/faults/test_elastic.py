@@ -14,7 +14,9 @@ from tests.faults.launched import (
     TORCHX,
     Launched,
     figures,
+    free_port,
     launched,
+    num_rows,
     small_dataset,
     two_processes,
     wait_for,
@@ -40,12 +42,6 @@ def undisturbed(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -
     with launched(command, folder / "log") as one:
         assert one.wait() == 0, one.told()
     return folder / "run"
-
-
-def num_rows(run: Path, kind: str) -> int:
-    """Rows of a kind in metrics.jsonl, which are flushed as they come."""
-    path = run / "metrics.jsonl"
-    return path.read_text().count(f'"kind": "{kind}"') if path.exists() else 0
 
 
 def kill_once(one: Launched, run: Path, chosen: random.Random) -> float | None:
@@ -185,12 +181,6 @@ with distributed.process_group("cpu"):
     assert "error: lr must be above 0; got -1\n" in one.told()
     assert one.told().count("lr must be above 0") <= 2
     assert {name[:-2] for name in attempts(tmp_path)} == {"attempt_0"}
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 FAILURES = {

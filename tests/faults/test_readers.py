@@ -17,12 +17,13 @@ from tests.faults.launched import (
     TORCHRUN,
     Launched,
     figures,
+    free_port,
     launched,
+    num_rows,
     small_dataset,
     two_processes,
     wait_for,
 )
-from tests.faults.test_elastic import free_port, num_rows
 
 ENDED_WITHIN_S = 60.0
 FILES = ("events.arrow", "users.arrow")
