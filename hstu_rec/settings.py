@@ -87,7 +87,7 @@ def as_typed(hint: Any, value: Any) -> Any:
     members = set(members_of(hint))
     if isinstance(value, list):
         of = next((get_args(one)[0] for one in members if get_origin(one) in (list, tuple)), Any)
-        return [as_typed(of, one) for one in value]
+        return value if of is str else [as_typed(of, one) for one in value]
     if members & {str, bool} and type(value) in {bool, int, float} - members:
         raise ValueError
     if isinstance(value, float) and not math.isfinite(value):

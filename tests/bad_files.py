@@ -124,6 +124,11 @@ BAD_FILES: dict[str, BadFile] = {
     "footer's bits flipped": BadFile(
         _bytes(PARQUET, lambda: _changed(-900, -700)), "cannot be read", PARQUET
     ),
+    "Arrow's own schema in the footer damaged": BadFile(
+        _bytes(PARQUET, lambda: _whole()[:-300] + b"*" * 100 + _whole()[-200:]),
+        "cannot be read",
+        PARQUET,
+    ),
     "pages' bits flipped": BadFile(
         _bytes(PARQUET, lambda: _changed(30, 600)), "cannot be read", PARQUET
     ),
@@ -208,7 +213,7 @@ BAD_FILES: dict[str, BadFile] = {
     ),
     "a JSON list": BadFile(
         _bytes(JSON, lambda: json.dumps([{"user_id": 1}], indent=1).encode()),
-        "it holds a list",
+        "holds a list; write one object a line",
         JSON,
     ),
     "JSON with a byte order mark": BadFile(

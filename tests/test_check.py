@@ -44,6 +44,7 @@ def refused(path: Path) -> str:
 
 
 @pytest.mark.parametrize("chunk_rows", [7, 64, dataset.EVENT_CHUNK_ROWS])
+@pytest.mark.fault("R17")
 def test_parts_in_any_order_give_the_files_that_prepare_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_rows: int
 ) -> None:
@@ -280,6 +281,7 @@ def test_a_folder_of_prepare_passes_and_is_left_as_it_is(of_prepare: Path) -> No
     ],
     ids=str,
 )
+@pytest.mark.fault("R15")
 def test_every_invariant_of_the_mapped_files(
     of_prepare: Path, name: str, column: str, row: int, value: Any, sentence: str
 ) -> None:

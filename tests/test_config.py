@@ -161,6 +161,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
         ("inner.folder", "3"),
     ],
 )
+@pytest.mark.fault("R28")
 def test_a_value_of_the_wrong_type_is_refused_not_converted(
     key: str, value: str, tmp_path: Path
 ) -> None:
@@ -180,6 +181,7 @@ def test_a_value_of_the_wrong_type_is_refused_not_converted(
         "title: ${oc.env:HOME}",
     ],
 )
+@pytest.mark.fault("R28")
 def test_a_file_that_is_no_plain_yaml_is_named(content: str, tmp_path: Path) -> None:
     path = write(tmp_path / "bad.yaml", content)
     text = problems_of(Outer, path, "inner.count=0")
@@ -192,6 +194,7 @@ def test_a_missing_file_is_named() -> None:
         load(Outer, ["nowhere.yaml"])
 
 
+@pytest.mark.fault("R28")
 def test_a_misspelt_key_of_a_run_is_answered_with_the_right_one() -> None:
     assert "did you mean 'optim.lr'?" in problems_of(RunConfig, "optm.lr=1")
     assert "did you mean 'train.patience'?" in problems_of(RunConfig, "train.patient=1")

@@ -43,6 +43,7 @@ def path(tmp_path):
     return tmp_path / "data"
 
 
+@pytest.mark.fault("R25")
 def test_a_thread_makes_the_same_inputs(path):
     plain = losses(path, is_threaded=False)
     assert losses(path, is_threaded=True) == plain

@@ -36,11 +36,13 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
 
+@pytest.mark.fault("R18")
 def test_ties_follow_the_rows_of_the_input(tmp_path: Path) -> None:
     tied = [("u", item, START, 0) for item in ("c", "a", "d", "b")]
     assert prepared(parquet(tmp_path, table(tied)), tmp_path)[1] == {"u": ["c", "a", "d", "b"]}
 
 
+@pytest.mark.fault("R17")
 def test_shuffled_rows_give_the_same_sequences_when_a_tie_column_orders_them(
     tmp_path: Path,
 ) -> None:
@@ -54,6 +56,7 @@ def test_shuffled_rows_give_the_same_sequences_when_a_tie_column_orders_them(
             )
 
 
+@pytest.mark.fault("R18")
 def test_share_of_ties_is_counted_over_events_and_over_last_two(tmp_path: Path) -> None:
     stats, _ = prepared(parquet(tmp_path, table()), tmp_path)
     assert stats["tie_share"] == 4 / 10
@@ -103,6 +106,7 @@ def test_minimum_events_of_items_is_applied_before_that_of_users(tmp_path: Path)
     }
 
 
+@pytest.mark.fault("R20")
 def test_users_too_short_for_targets_are_training_only(tmp_path: Path) -> None:
     rows = [("a", "x", START, 0), ("b", "x", START, 0), ("b", "y", START, 0)]
     rows += [("c", item, START, 0) for item in "xyz"]

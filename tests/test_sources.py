@@ -133,6 +133,7 @@ def test_missing_column_names_the_nearest(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.fault("R30")
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     whole = parquet(tmp_path, table()).read_bytes()
     packed = gzip.compress(as_csv(ROWS * 50).encode())
@@ -160,6 +161,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         assert str(tmp_path / name) in refusal(tmp_path / name, tmp_path), name
 
 
+@pytest.mark.fault("R30")
 def test_malformed_lines_are_dropped_with_counts_on_request(tmp_path: Path) -> None:
     source = text(tmp_path, as_csv() + "u1,fig\nu1,fig,1,2,3\n")
     assert "CSV Error on Line: 12" in refusal(source, tmp_path)
@@ -171,6 +173,7 @@ def test_malformed_lines_are_dropped_with_counts_on_request(tmp_path: Path) -> N
     assert found == SEQUENCES and stats["rows_read"] == len(ROWS) + 1
 
 
+@pytest.mark.fault("R30")
 def test_files_of_different_column_types_are_refused(tmp_path: Path) -> None:
     parts = tmp_path / "parts"
     parts.mkdir()

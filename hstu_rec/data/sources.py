@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import duckdb
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hstu_rec.data.database import quoted, scalar
@@ -42,6 +43,7 @@ SUFFIXES: dict[str, Format] = {
 }
 INTEGERS = {f"{sign}{size}INT" for sign in ("", "U") for size in ("TINY", "SMALL", "BIG", "HUGE")}
 INTEGERS |= {"INTEGER", "UINTEGER"}
+WIDE = ("UBIGINT", "HUGEINT", "UHUGEINT", "DECIMAL")  # not all of their values are int64s
 MOMENTS = {"DATE", "TIMESTAMP", "TIMESTAMP_S", "TIMESTAMP_MS", "TIMESTAMP WITH TIME ZONE"}
 
 
@@ -174,14 +176,15 @@ def stage(
             connection.execute(f"{verb} SELECT {number}::INTEGER AS file, {values} FROM {relation}")
             if has_bad_lines_dropped and relation.startswith("read_csv"):
                 num_malformed += _rejected_lines(connection)
-        except (duckdb.Error, OSError, EOFError, zlib.error) as error:
+        except (duckdb.Error, pa.ArrowException, OSError, EOFError, zlib.error) as error:
             if isinstance(error, duckdb.OutOfMemoryException):
                 raise
             if not path.exists():
                 told = "was there and is gone; give files that nothing else moves"
                 raise FileNotFoundError(f"{path} {told}") from error
-            has_lines = SUFFIXES[_suffix(path)] != "parquet" and not has_bad_lines_dropped
-            drop = ", or leave malformed lines out with bad_rows=drop" if has_lines else ""
+            is_of_lines = isinstance(error, duckdb.Error) and SUFFIXES[_suffix(path)] != "parquet"
+            can_drop = is_of_lines and not has_bad_lines_dropped
+            drop = ", or leave malformed lines out with bad_rows=drop" if can_drop else ""
             raise ValueError(
                 f"{path}: cannot be read: {_brief(error)}; write the file again{drop}"
             ) from error
@@ -241,8 +244,9 @@ def _relation(
             _refuse_twice(path, columns, pq.read_schema(readable).names)
             _require(path, columns, list(shape))
             types = {role: _parquet_type(path, name, shape[name]) for role, name in columns.items()}
-            for name in (name for role, name in columns.items() if types[role] == "BIGINT"):
-                _refuse_wide(connection, path, relation, name)
+            for role, name in columns.items():
+                if types[role] == "BIGINT" and shape[name].startswith(WIDE):
+                    _refuse_wide(connection, path, relation, name)
             return relation, types
         case "json":
             _refuse_no_lines(path)
@@ -251,7 +255,7 @@ def _relation(
             )
             names = [name for name, _ in _describe(connection, f"read_json({file}, {options})")]
             if names == ["json"] and "json" not in columns.values():
-                raise OSError("it has lines that are no objects; write one object a line")
+                raise ValueError(f"{path} has lines that are no objects; write one object a line")
             _require(path, columns, names)
             shape = ", ".join(f"{_name(name)}: 'JSON'" for name in columns.values())
             relation = f"read_json({file}, {options}, auto_detect=false, columns={{{shape}}})"
@@ -313,9 +317,9 @@ def _refuse_no_lines(path: Path) -> None:
     """Refuses JSON that is not one object a line, as far as its beginning tells."""
     head = _head(path)
     if head.startswith(codecs.BOM_UTF8):
-        raise OSError("it begins with a byte order mark, which JSON lines have not")
+        raise ValueError(f"{path} begins with a byte order mark; write the file without it")
     if head.lstrip()[:1] == b"[":
-        raise OSError("it holds a list, not one object a line, as jq -c '.[]' writes")
+        raise ValueError(f"{path} holds a list; write one object a line, as jq -c '.[]' does")
 
 
 def _refuse_twice(path: Path, columns: dict[Any, str], names: list[str]) -> None:
