@@ -10,6 +10,7 @@ Only rank 0 writes and prints. A resumed run appends: `read_metrics` keeps the n
 import json
 import math
 import os
+import socket
 import sys
 import time
 import warnings
@@ -36,7 +37,7 @@ class Tracker:
         self._is_main = is_main
         self._folder = folder
         self._began_at = time.monotonic()
-        self._tensorboard: Any = None
+        self._tensorboard: _EventFile | None = None
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
             _drop_torn_line(folder / METRICS_FILE)
@@ -58,9 +59,10 @@ class Tracker:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         if self._tensorboard is None:
-            self._tensorboard = self._open_tensorboard(step)
-        for name, value in values.items():
-            self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+            # After a resume TensorBoard hides the steps of the stopped run that are done again.
+            purge_step = step if step <= self._last_known_step else None
+            self._tensorboard = _EventFile(self._folder / "tensorboard", purge_step)
+        self._tensorboard.add(step, {f"{kind}/{name}": value for name, value in values.items()})
 
     def bar(self, total: int, description: str, unit: str) -> "tqdm[Any]":
         """A progress bar, as `bar` makes it; shown by this tracker's rank 0 alone."""
@@ -73,7 +75,7 @@ class Tracker:
             sys.stdout.flush()
 
     def close(self) -> None:
-        """Writes what TensorBoard still holds and closes the files; may be called twice."""
+        """Closes the files; may be called twice."""
         if not self._is_main:
             return
         self._file.close()
@@ -91,13 +93,46 @@ class Tracker:
     ) -> None:
         self.close()
 
-    def _open_tensorboard(self, step: int) -> Any:
+
+class _EventFile:
+    """A file of scalars as TensorBoard reads them, written as they come.
+
+    torch's SummaryWriter passes them to a thread: Ctrl-C in the midst of that can leave the thread asleep
+    for ever (a waiter of threading.Condition is woken before it is forgotten, and the next call then wakes
+    that one), and the process, which waits for it at its end, with it: 3 of 19 tries.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from torch.utils.tensorboard.writer import SummaryWriter
-        # After a resume TensorBoard hides the steps of the stopped run that are done again.
-        purge_step = step if step <= self._last_known_step else None
-        return SummaryWriter(str(self._folder / "tensorboard"), purge_step=purge_step)
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        self._events: Any = event_pb2
+        self._summaries: Any = summary_pb2
+        folder.mkdir(parents=True, exist_ok=True)
+        name = (
+            f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{time.time_ns()}"
+        )
+        self._file = RecordWriter((folder / name).open("xb"))
+        self._write(file_version="brain.Event:2")
+        if purge_step is not None:
+            session = self._events.SessionLog(status=self._events.SessionLog.START)
+            self._write(step=purge_step, session_log=session)
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds values, by their whole names."""
+        of = self._summaries.Summary
+        values = [of.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._write(step=step, summary=of(value=values))
+
+    def _write(self, **content: Any) -> None:
+        event = self._events.Event(wall_time=time.time(), **content)
+        self._file.write(event.SerializeToString())
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file; may be called twice."""
+        self._file.close()
 
 
 def bar(
