@@ -104,22 +104,25 @@ class StepGuard:
         self, config: GuardConfig, dense: Sequence[nn.Parameter], *, waits: bool = False
     ) -> None:
         self._config, self._dense, self._waits = config, dense, waits
-        self._unread: deque[_Unread] = deque()
-        # A GPU's answer comes when backward is through; the host goes on meanwhile.
+        # A GPU's answer comes when backward is through; its host has the loss before and goes on.
         self._is_late = any(one.is_cuda for one in dense)
+        self._unread: deque[_Unread] = deque()
         self._num_skipped = 0  # in a row
-        self._square = self._is_finite = None
+        self._sums: Tensor | None = None
+        self._is_finite: Tensor | None = None
 
     def begin(
         self, place: tuple[int, int, int], loss: Tensor, asked: Asked = NOTHING_ASKED
     ) -> None:
         """Takes the (epoch, batch, step) and this rank's part, a scalar, of the mean loss. Collective."""
         self._place, self._loss = place, loss.detach()
-        self._square = self._is_finite = None
-        told = torch.stack(
+        self._sums = self._is_finite = None
+        self._told = torch.stack(
             [self._loss, *(torch.full_like(self._loss, float(one)) for one in asked)]
         )
-        self._read = start_reading(told, distributed.start_all_reduce_sum(told))
+        if self._is_late:
+            wait = distributed.start_all_reduce_sum(self._told)
+            self._read = start_reading(self._told, wait)
 
     def weigh(self, grad: Tensor) -> None:
         """Takes the gradient [R, D] of this rank's lookup. Collective.
@@ -129,23 +132,30 @@ class StepGuard:
         # DDP may be summing dense gradients meanwhile, in place: of what is not finite every part of a sum
         # is not.
         dense = [one.grad for one in self._dense if one.grad is not None]
-        self._square = nn.utils.get_total_norm([self._loss, grad, *dense]).square()
-        self._wait = distributed.start_all_reduce_sum(self._square)
+        square = nn.utils.get_total_norm([self._loss, grad, *dense]).square().reshape(1)
+        # One sum where the host reads all of it at once.
+        self._sums = square if self._is_late else torch.cat([square, self._told])
+        self._wait = distributed.start_all_reduce_sum(self._sums)
+        if not self._is_late:
+            self._read = start_reading(self._sums[1:], self._wait)
 
     def is_finite(self) -> Tensor:
         """Whether the step is, on all ranks; bool scalar on the device. Raises FloatingPointError if not and
         the host waits."""
         if self._is_finite is None:
-            assert self._square is not None, "the lookup's rows were given no gradient"
+            assert self._sums is not None, "the lookup's rows were given no gradient"
             self._wait()
-            self._is_finite = self._square < math.inf
+            self._is_finite = self._sums[0] < math.inf
             if self._waits and not self._is_finite:
                 self._refuse(self._place, self._read()[0])
         return self._is_finite
 
     def keep(self, grad: Tensor) -> Tensor:
         """The gradient [n, D] of rows that this rank owns, or zeros."""
-        return torch.where(self.is_finite(), grad, 0.0)  # a product of NaN and 0 would be NaN
+        is_finite = self.is_finite()
+        if self._is_late:
+            return torch.where(is_finite, grad, 0.0)  # a product of NaN and 0 would be NaN
+        return grad if is_finite else torch.zeros_like(grad)
 
     def end(self, *, is_last: bool = False) -> Stepped:
         """What is to be told of the step; of the `last` before something else it is all.

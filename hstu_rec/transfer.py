@@ -78,10 +78,12 @@ def start_reading(
             return values.reshape(-1).tolist()
 
         return read
-    now = torch.cuda.current_stream(values.device)
-    # Beside what the GPU does where there is something to wait for.
-    stream = now if wait is None else _side_stream(values.device)
-    stream.wait_stream(now)
+    stream = torch.cuda.current_stream(values.device)
+    if wait is not None:
+        # What the GPU does next is not to wait for other ranks.
+        beside = _side_stream(values.device)
+        beside.wait_stream(stream)
+        stream = beside
     with torch.cuda.stream(stream):
         if wait is not None:
             wait()
