@@ -46,9 +46,19 @@ def path(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def precision():
+    """A learner sets that of the process."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
 def learner_of(path, settings, device):
     sizes = ["encoder.dim=32", "encoder.max_history_len=16", "data.batch_users=8"]
-    config = load(RunConfig, [f"data.path={path}", *sizes, "loss.num_negatives=50", *settings])
+    if "loss.negatives=all" not in settings:
+        sizes.append("loss.num_negatives=50")
+    config = load(RunConfig, [f"data.path={path}", *sizes, *settings])
     return Learner(config, Dataset(path), device)
 
 
