@@ -1,6 +1,6 @@
 """How a run begins: anew, from a checkpoint, or as another run ended."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -69,6 +69,7 @@ class FromCheckpoint:
 
     told: list[str]
     found: Found
+    changes: list[str] = field(default_factory=list)
     has_other_batches: bool = False
 
     @property
@@ -78,15 +79,17 @@ class FromCheckpoint:
 
     def check(self, config: RunConfig, dataset: Sequences) -> None:
         """Raises CheckpointError for settings or data that it was not trained with."""
-        changes, self.has_other_batches = resuming.check(self.found, config, dataset)
-        self.told = [*self.told, *changes]
+        self.changes, self.has_other_batches = resuming.check(self.found, config, dataset)
+        self.told = [*self.told, *self.changes]
 
     def begin(self, run: Run) -> Progress:
         """Loads the checkpoint."""
         found, learner = self.found, run.learner
         progress = resuming.load(found, learner, run.dataset)
         learner.continue_at(progress.steps_before + progress.step)
-        learner.alarm = DivergenceAlarm(**found.meta["alarm"])
+        if not self.changes:
+            # Losses of other settings or data are other ones.
+            learner.alarm = DivergenceAlarm(**found.meta["alarm"])
         if self.has_other_batches and progress.batch:
             run.tracker.say(f"resume: epoch {progress.epoch} begins again, its batches are others")
             progress.batch = 0

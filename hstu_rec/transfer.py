@@ -81,9 +81,9 @@ def start_reading(
     stream = torch.cuda.current_stream(values.device)
     if wait is not None:
         # What the GPU does next is not to wait for other ranks.
-        beside = _side_stream(values.device)
-        beside.wait_stream(stream)
-        stream = beside
+        side = _side_stream(values.device)
+        side.wait_stream(stream)
+        stream = side
     with torch.cuda.stream(stream):
         if wait is not None:
             wait()
