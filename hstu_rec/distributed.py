@@ -243,7 +243,10 @@ def end_restarts() -> None:
     )
     if count < most:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to be saved
-        if os.environ["LOCAL_RANK"] == "0":
+        is_first = os.environ["LOCAL_RANK"] == "0"
+        if _meeting is not None:
+            is_first = _meeting.is_first(f"of host {os.environ['GROUP_RANK']}", is_first)
+        if is_first:
             os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(STOPPED_WITHIN_S)
 

@@ -90,6 +90,13 @@ class Meeting:
         told = f"process {failure['rank']} of {self.world_size} on {failure['host']} has ended: "
         return (ValueError if failure["is_mistake"] else PeerLost)(told + failure["sentence"])
 
+    def is_first(self, what: str, otherwise: bool) -> bool:
+        """True in the first process that asks for `what`; `otherwise` where there is no store any more."""
+        try:
+            return self.store.add(what, 1) == 1
+        except RuntimeError:
+            return otherwise
+
     def _tell(self, error: Exception) -> None:
         is_mistake = isinstance(error, MISTAKES)
         failure = {

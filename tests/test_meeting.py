@@ -80,3 +80,10 @@ def test_who_is_left_without_a_word_may_be_started_again(store: dist.TCPStore) -
     assert "Connection closed by peer" in str(lost)
     # It failed because of another, and is no cause itself.
     assert isinstance(second.explained(CLOSED), PeerLost)
+
+
+def test_one_process_is_the_first(store: dist.TCPStore) -> None:
+    (first, second) = met(store, 2)
+    assert second.is_first("a", False)
+    assert not first.is_first("a", True)
+    assert first.is_first("b", False)

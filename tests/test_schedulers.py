@@ -166,6 +166,18 @@ def test_slurm_hands_variables_to_every_host(tmp_path: Path) -> None:
         }
 
 
+def test_processes_are_started_again_unless_env_says_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "job.sh").write_text(slurm_script(tmp_path, *FOUR_HOSTS))
+    first = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST_HET_GROUP_0": "node003"}
+    for call in run_as_host(tmp_path, ["bash", "job.sh"], **first):
+        assert call["env"]["PET_MAX_RESTARTS"] == "3"
+        assert call["env"]["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    variables = "OMP_NUM_THREADS=4"
+    (tmp_path / "job.sh").write_text(slurm_script(tmp_path, *FOUR_HOSTS, "--env", variables))
+    for call in run_as_host(tmp_path, ["bash", "job.sh"], **first):
+        assert "PET_MAX_RESTARTS" not in call["env"]
+
+
 @pytest.fixture(scope="module")
 def kubernetes_tasks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The pods of a job on four hosts with a shared volume, by host."""
