@@ -23,7 +23,6 @@ wrong raises BundleError. The hashes find damage; they do not tell who made a bu
 
 import hashlib
 import json
-import math
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,7 +245,7 @@ def _fits(kind: Any, value: Any) -> bool:
     if kind is int:
         return type(value) is int and abs(value) <= MAX_INT
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) < 1e308
     return type(value) is (get_origin(kind) or kind)
 
 

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hstu_rec import failures
-from hstu_rec.checkpoint import CheckpointConfig
+from hstu_rec.checkpoint import CheckpointConfig, write_file
 from hstu_rec.data.stream import DataConfig
 from hstu_rec.data.synthetic import SYNTHETIC
 from hstu_rec.distributed import DeviceChoice, Precision
@@ -245,8 +245,8 @@ def load(schema: type[T], arguments: Sequence[str]) -> T:
 
 
 def save(config: Any, path: Path) -> None:
-    """Writes every value of `config` as YAML that `load` reads back equal."""
-    path.write_text(to_yaml(config), encoding="utf-8")
+    """Writes every value of `config`, in one move, as YAML that `load` reads back equal."""
+    write_file(path, to_yaml(config).encode())
 
 
 def to_yaml(config: Any) -> str:

@@ -11,7 +11,8 @@ import sys
 
 from hstu_rec import distributed
 from hstu_rec.data.mapped import what_was_cut
-from hstu_rec.meeting import MISTAKES, PeerLost
+from hstu_rec.hosts import SystemRankError
+from hstu_rec.meeting import PeerLost, is_mistake
 from hstu_rec.signals import RETRY_CODE, Stopped
 
 MISTAKE = 2
@@ -36,11 +37,11 @@ def end(error: Exception) -> None:
             sys.exit(RETRY_CODE)
         # That process may have read it, and so ended without a word.
         error = ValueError("; ".join([*cut, str(error)]))
-    if isinstance(error, MISTAKES):
+    if is_mistake(error):
         _say(str(error))
         distributed.end_restarts()
         sys.exit(MISTAKE)
-    if isinstance(error, OSError):
+    if isinstance(error, (OSError, SystemRankError)):
         _say(str(error))
         sys.exit(1)
 

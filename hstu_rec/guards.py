@@ -79,11 +79,6 @@ class Stepped(NamedTuple):
     skipped: tuple[int, ...] = ()
     """Steps found to have changed nothing: on CPU this one, on CUDA also the one before."""
 
-    @property
-    def is_skipped(self) -> bool:
-        """Whether a step was found to have changed nothing."""
-        return bool(self.skipped)
-
 
 class _Unread(NamedTuple):
     """A step whose guard the host has not read yet."""
@@ -107,7 +102,8 @@ class StepGuard:
         # A GPU's answer comes when backward is through; its host has the loss before and goes on.
         self._is_late = any(one.is_cuda for one in dense)
         self._unread: deque[_Unread] = deque()
-        self._num_skipped = 0  # in a row
+        self.num_skipped = 0
+        """Steps in a row that have changed nothing."""
         self._sums: Tensor | None = None
         self._is_finite: Tensor | None = None
 
@@ -166,12 +162,12 @@ class StepGuard:
         asked = Asked(*(count > 0 for count in num_asking))
         read = start_reading(self.is_finite())
         self._unread.append(_Unread(self._place, loss, read))
-        is_late = self._is_late and math.isfinite(loss) and not (is_last or asked.stop)
+        is_late = self._is_late and math.isfinite(loss) and not (is_last or any(asked))
         skipped = []
         while len(self._unread) > is_late:
             place, its_loss, read = self._unread.popleft()
             if read()[0]:
-                self._num_skipped = 0
+                self.num_skipped = 0
             else:
                 self._refuse(place, its_loss)
                 skipped.append(place[2])
@@ -187,12 +183,12 @@ class StepGuard:
             f"{what} at step {step} (epoch {epoch}, batch {batch}); nothing was changed by it; lower "
             "optim.lr or table.lr"
         )
-        self._num_skipped += 1
+        self.num_skipped += 1
         if self._config.on_nonfinite == "raise":
             raise FloatingPointError(sentence)
-        if self._num_skipped > self._config.max_skipped_steps:
+        if self.num_skipped > self._config.max_skipped_steps:
             raise FloatingPointError(
-                f"{sentence}; {self._num_skipped} steps in a row were not finite, and "
+                f"{sentence}; {self.num_skipped} steps in a row were not finite, and "
                 f"guard.max_skipped_steps is {self._config.max_skipped_steps}"
             )
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from hstu_rec import distributed
+from hstu_rec.meeting import is_mistake
 
 T = TypeVar("T")
 
@@ -23,6 +24,15 @@ SHOWN_WITHIN_S = 60.0
 
 class RankError(ValueError):
     """What failed on one process or more; raised on all."""
+
+    is_of_system = False
+    """Whether it is no mistake: what the system did not do may go well another time."""
+
+
+class SystemRankError(RankError):
+    """An OSError of one process or more, as of a disk; raised on all."""
+
+    is_of_system = True
 
 
 def together(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
@@ -40,10 +50,12 @@ def together(function: Callable[[], T], group: dist.ProcessGroup | None = None) 
         failure, sentence = error, str(error)
     except Exception as error:
         failure, sentence = error, f"{type(error).__name__}: {error}"
-    everyone = gathered((result, sentence, socket.gethostname()), group)
-    if any(text is not None for _, text, _ in everyone):
-        raise RankError(_told([(text, host) for _, text, host in everyone])) from failure
-    return [value for value, _, _ in everyone]  # type: ignore[misc]
+    is_of_system = failure is not None and not is_mistake(failure)
+    everyone = gathered((result, sentence, socket.gethostname(), is_of_system), group)
+    if any(text is not None for _, text, _, _ in everyone):
+        kind = SystemRankError if any(one for *_, one in everyone) else RankError
+        raise kind(_told([(text, host) for _, text, host, _ in everyone])) from failure
+    return [value for value, *_ in everyone]  # type: ignore[misc]
 
 
 def _told(sentences: list[tuple[str | None, str]]) -> str:

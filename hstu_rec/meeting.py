@@ -26,6 +26,11 @@ class PeerLost(RuntimeError):
     """Another process has ended, or is out of reach; started again, the run may go on."""
 
 
+def is_mistake(error: BaseException) -> bool:
+    """Whether an error would come again, until the user mends something."""
+    return isinstance(error, MISTAKES) and not getattr(error, "is_of_system", False)
+
+
 class Meeting:
     """The processes of one attempt, and a part of a store that they alone write to.
 
@@ -98,12 +103,12 @@ class Meeting:
             return otherwise
 
     def _tell(self, error: Exception) -> None:
-        is_mistake = isinstance(error, MISTAKES)
+        would_return = is_mistake(error)
         failure = {
             "rank": self.rank,
             "host": socket.gethostname(),
-            "is_mistake": is_mistake,
-            "sentence": str(error) if is_mistake else f"{type(error).__name__}: {error}",
+            "is_mistake": would_return,
+            "sentence": str(error) if would_return else f"{type(error).__name__}: {error}",
         }
         self.store.set(FAILURE, json.dumps(failure))
 

@@ -4,12 +4,12 @@ A checkpoint's meta.json holds, beside its tensors:
 
     progress   epoch, batch, step, ...: with the seed all that batches, negatives and dropout are functions of
     rates      learning rates of its last step
-    alarm      what the losses were so far
+    alarm      what the losses were so far           num_skipped  steps in a row
     config     every setting          data   identity of the dataset          versions   of the code
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,8 @@ class Found:
 
     path: Path
     meta: dict[str, Any]
+    is_verified: bool = False
+    """Whether its files were held against its manifest just now."""
 
     @property
     def encoder(self) -> EncoderConfig:
@@ -99,13 +101,19 @@ def find(resume: str, root: Path) -> tuple[Found | None, list[str]]:
     if resume != "auto":
         return found_at(Path(resume)), []
     path, skipped = checkpoint.newest(root)
-    return (None if path is None else found_at(path)), [f"resume: {one}" for one in skipped]
+    if path is None and skipped:
+        raise CheckpointError(
+            f"train.resume=auto: no checkpoint of {root} can be gone on from: {_listed(skipped)}; remove "
+            "that folder, or give another train.run_dir"
+        )
+    told = [f"resume: {one}" for one in skipped]
+    return (None if path is None else replace(found_at(path), is_verified=True)), told
 
 
 def found_at(path: Path) -> Found:
     """The checkpoint in `path`. Raises CheckpointError when there is none that a run has left. Collective."""
     meta = checkpoint.read_meta(path)
-    if missing := {"progress", "config", "data", "versions", "alarm"} - meta.keys():
+    if missing := {"progress", "config", "data", "versions", "alarm", "num_skipped"} - meta.keys():
         raise CheckpointError(
             f"{path} does not tell its {', '.join(sorted(missing))}: no run of this version left it"
         )
@@ -140,7 +148,7 @@ def check(found: Found, config: RunConfig, dataset: Sequences) -> tuple[list[str
 def load(found: Found, learner: Learner, dataset: Sequences) -> Progress:
     """Fills the learner from a checkpoint. Raises CheckpointError for other items. Collective."""
     _check_items(found, dataset)
-    checkpoint.load(found.path, learner.state())
+    checkpoint.load(found.path, learner.state(), is_verified=found.is_verified)
     return Progress(**found.meta["progress"])
 
 

@@ -28,7 +28,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.by: int | None = None
-        self._asked_at = 0.0
+        self._interrupted_at: float | None = None
         self._former: dict[int, Any] = {}
 
     @property
@@ -52,8 +52,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        is_again = self.by == signal.SIGINT and time.monotonic() > self._asked_at + SAME_INTERRUPT_S
-        if number == signal.SIGINT and is_again:
-            raise KeyboardInterrupt
-        if self.by is None:
-            self.by, self._asked_at = number, time.monotonic()
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            if self._interrupted_at is not None and now > self._interrupted_at + SAME_INTERRUPT_S:
+                raise KeyboardInterrupt
+            self._interrupted_at = self._interrupted_at or now
+        self.by = self.by or number

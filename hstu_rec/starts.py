@@ -90,11 +90,16 @@ class FromCheckpoint:
         if not self.changes:
             # Losses of other settings or data are other ones.
             learner.alarm = DivergenceAlarm(**found.meta["alarm"])
+            learner.guard.num_skipped = found.meta["num_skipped"]
         if self.has_other_batches and progress.batch:
             run.tracker.say(f"resume: epoch {progress.epoch} begins again, its batches are others")
             progress.batch = 0
-        if found.path.parent.resolve() != run.checkpoints.resolve():
-            # The best of another folder cannot be tested from here.
+        is_own = found.path.parent.resolve() == run.checkpoints.resolve()
+        aside = checkpoint.set_aside(run.checkpoints, found.path) if is_own else []
+        if aside:
+            run.tracker.say(f"resume: set aside as *.aside: {', '.join(aside)}")
+        if not is_own or not checkpoint.has_pointer(run.checkpoints, "best"):
+            # The best was of another folder, or of what was set aside, and cannot be tested.
             progress.best, progress.best_epoch, progress.num_without_gain = None, 0, 0
         run.tracker.say(
             f"resume: {found.path}, epoch {progress.epoch}, batch {progress.batch}, step {progress.step}"

@@ -69,6 +69,9 @@ class Training:
                 bar.update(1)
                 self.run.tracker.log("speed", progress.step, speed)
                 bar.set_postfix_str(f"loss {loss:.3f}  {_shown(speed)}")
+        if progress.best is None:
+            # Resumed beyond an end that was moved.
+            self._validate()
 
     def stop_if_asked(self) -> None:
         """Raises Stopped on all ranks when any was asked to, between steps that are saved. Collective."""
@@ -132,6 +135,7 @@ class Training:
         factor = rate_factor(run.config.optim, self.progress.step, run.learner.num_steps_planned)
         meta = meta_of(run.config, run.dataset, self.progress, run.made_with, factor)
         meta["alarm"] = asdict(run.learner.alarm)
+        meta["num_skipped"] = run.learner.guard.num_skipped
         self._saver.save(self.progress.step, run.learner.state(), meta)
         self._saved_step, self._saved_at = self.progress.step, time.monotonic()
 

@@ -23,11 +23,13 @@ torch.load(weights_only=True).
 from hstu_rec.checkpoint.folder import (
     STEP_NAME,
     CheckpointError,
+    has_pointer,
     newest,
     point,
     purge,
     read_meta,
     resolve,
+    set_aside,
     write_file,
 )
 from hstu_rec.checkpoint.saver import CheckpointConfig, Saver
@@ -38,6 +40,7 @@ __all__ = [
     "CheckpointConfig",
     "CheckpointError",
     "Saver",
+    "has_pointer",
     "load",
     "named_tensors",
     "newest",
@@ -46,5 +49,6 @@ __all__ = [
     "read_meta",
     "resolve",
     "save",
+    "set_aside",
     "write_file",
 ]

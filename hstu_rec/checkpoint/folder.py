@@ -70,16 +70,24 @@ def point(root: Path, name: str, path: Path, group: Group = None) -> None:
     hosts.on_main(move, group)
 
 
+def has_pointer(root: Path, name: str) -> bool:
+    """Whether there is a pointer of that name. Collective."""
+    return hosts.on_main(lambda: (root / name).is_file())
+
+
 def resolve(root: Path, name: str) -> Path:
     """The step folder that the pointer `name` names; CheckpointError when there is none."""
     return hosts.on_main(lambda: _resolve(root, name))
 
 
-def purge(root: Path, keep: set[Path] | int, group: Group = None) -> None:
-    """Removes step folders except those in `keep`, or except the newest `keep`, and leftovers.
+def set_aside(root: Path, after: Path) -> list[str]:
+    """Renames step folders newer than `after`, which no run goes on from, to `<name>.aside`, and removes
+    pointers to them; the names of these folders. Collective."""
+    return hosts.on_main(lambda: _set_aside(root, after))
 
-    What a pointer names always stays.
-    """
+
+def purge(root: Path, keep: int, group: Group = None) -> None:
+    """Removes step folders except the newest `keep`, and leftovers; what a pointer names always stays."""
     hosts.on_main(lambda: _purge(root, keep), group)
 
 
@@ -200,9 +208,26 @@ def _pointers(root: Path) -> list[str]:
     )
 
 
-def _purge(root: Path, keep: set[Path] | int) -> None:
+def _set_aside(root: Path, after: Path) -> list[str]:
+    moved = []
+    for path in _step_folders(root):
+        if path.name == after.name:
+            break
+        aside = path.with_name(path.name + ".aside")
+        if aside.exists():
+            shutil.rmtree(aside)
+        os.rename(path, aside)
+        moved.append(path.name)
+    for name in _pointers(root):
+        if (root / name).read_text(encoding="utf-8").strip() in moved:
+            (root / name).unlink()
+    _sync_folder(root)
+    return moved
+
+
+def _purge(root: Path, keep: int) -> None:
     folders = _step_folders(root)
-    kept = {path.name for path in (folders[:keep] if isinstance(keep, int) else keep)}
+    kept = {path.name for path in folders[:keep]}
     for name in _pointers(root):
         target = (root / name).read_text(encoding="utf-8").strip()
         kept |= {target, target + ".old"}

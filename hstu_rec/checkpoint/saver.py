@@ -6,6 +6,7 @@ wait()                    until it is durable
 """
 
 import threading
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hstu_rec import distributed
-from hstu_rec.checkpoint.folder import Group, point, purge
+from hstu_rec.checkpoint.folder import CheckpointError, Group, point, purge
 from hstu_rec.checkpoint.tensors import named_tensors, save
 from hstu_rec.settings import at_least
 
@@ -64,7 +65,7 @@ class Saver:
         """Begins to save, once the former save is through; `state` may change as soon as this returns."""
         self.wait()
         if not self._config.in_background:
-            self._path = self._write(step, state, meta)
+            self._write(step, state, meta)
             return
         copied = self._copies.of(state)
         self._thread = threading.Thread(
@@ -91,25 +92,32 @@ class Saver:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None:
-            self.wait()
-        elif self._thread is not None:
-            # Not for ever: another rank may be gone.
-            self._thread.join(LAST_WAIT_S)
-        if self._group is not None and error is None:
-            dist.destroy_process_group(self._group)
+        try:
+            if error is None:
+                self.wait()
+            elif self._thread is not None:
+                # Not for ever: another rank may be gone.
+                self._thread.join(LAST_WAIT_S)
+        finally:
+            if self._thread is None or not self._thread.is_alive():
+                self._copies.forget()
+                if self._group is not None:
+                    dist.destroy_process_group(self._group)
 
     def _write_or_note(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
         try:
-            self._path = self._write(step, state, meta)
+            self._write(step, state, meta)
         except BaseException as failure:  # raised in the main thread
             self._failure = failure
 
-    def _write(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Path:
-        path = save(self._root, step, state, meta, self._group)
-        point(self._root, "last", path, self._group)
-        purge(self._root, self._config.keep, self._group)
-        return path
+    def _write(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
+        self._path = save(self._root, step, state, meta, self._group)
+        point(self._root, "last", self._path, self._group)
+        try:
+            purge(self._root, self._config.keep, self._group)
+        except CheckpointError as error:
+            # What is saved is durable; the next purge tries again.
+            warnings.warn(f"older checkpoints could not be removed: {error}", stacklevel=2)
 
 
 class Copies:
@@ -118,6 +126,13 @@ class Copies:
 
     def __init__(self) -> None:
         self._room: dict[str, Tensor] = {}
+
+    def forget(self) -> None:
+        """Gives the memory back."""
+        for room in self._room.values():
+            if room.nbytes and torch.cuda.is_initialized():
+                _cudart().cudaHostUnregister(room.data_ptr())
+        self._room.clear()
 
     def of(self, state: dict[str, Any]) -> dict[str, Tensor]:
         """Copies of the tensors of `state`, which hold until the next call, by their paths in it."""
@@ -141,6 +156,24 @@ class Copies:
     def _filled(self, name: str, tensor: Tensor) -> Tensor:
         room = self._room.get(name)
         if room is None or (room.shape, room.dtype) != (tensor.shape, tensor.dtype):
-            room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            room = torch.empty(tensor.shape, dtype=tensor.dtype)
+            if tensor.is_cuda and room.nbytes:
+                # Not by pin_memory, which takes the next power of two.
+                _register(room)
             self._room[name] = room
         return room.copy_(tensor)
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()
+
+
+def _register(room: Tensor) -> None:
+    """Lets a GPU copy into it directly, as fast as its bus."""
+    error = _cudart().cudaHostRegister(room.data_ptr(), room.nbytes, 0)
+    if int(error):
+        warnings.warn(
+            f"{room.nbytes} bytes of the host's memory cannot be page-locked ({error}): copies of "
+            "checkpoints are slower",
+            stacklevel=2,
+        )

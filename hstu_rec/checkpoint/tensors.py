@@ -60,18 +60,24 @@ def save(
 
 
 def load(
-    path: Path, state: dict[str, Any], apart: Callable[[str], bool] = lambda _: False
+    path: Path,
+    state: dict[str, Any],
+    apart: Callable[[str], bool] = lambda _: False,
+    *,
+    is_verified: bool = False,
 ) -> dict[str, Any]:
     """Verifies the checkpoint, fills the tensors of `state` in place, returns its meta.
 
     Tensors of names that are `apart` are left alone (SavedRows reads them).
+
+    is_verified: the files were held against the manifest already, as `newest` does.
 
     Works at any number of ranks and any sharding. Raises CheckpointError, before a tensor is
     touched, when a file is damaged or when keys, shapes or dtypes of `state` differ from what was
     saved: an optimizer whose state is still empty would otherwise load nothing without a word.
     """
     check_there(path)
-    if problems := problems_of(path):
+    if not is_verified and (problems := problems_of(path)):
         raise CheckpointError(f"{path} is damaged: " + "; ".join(problems))
     reader = StorageReader(path)
     wanted = _agreed_leaves(state)
@@ -145,7 +151,7 @@ def _save_tensors(folder: Path, state: dict[str, Any], group: Group) -> None:
     try:
         saver.save(named_tensors(state), storage_writer=writer, no_dist=alone, process_group=group)
     except CheckpointException as error:
-        raise CheckpointError(f"{folder} could not be written: {_reasons(error)}") from error
+        raise hosts.SystemRankError(f"{folder} could not be written: {_reasons(error)}") from error
 
 
 def _reasons(error: CheckpointException) -> str:

@@ -220,10 +220,10 @@ def test_pointers_move_and_protect_what_they_name(tmp_path):
     checkpoint.point(tmp_path, "best", paths[0])
     checkpoint.point(tmp_path, "last", paths[3])
     assert checkpoint.resolve(tmp_path, "best") == paths[0]
-    checkpoint.purge(tmp_path, {paths[1]})
-    assert not paths[2].exists() and all(paths[i].exists() for i in (0, 1, 3))
+    checkpoint.purge(tmp_path, 2)
+    assert not paths[1].exists() and all(paths[i].exists() for i in (0, 2, 3))
     checkpoint.purge(tmp_path, 1)
-    assert not paths[1].exists() and paths[0].exists() and paths[3].exists()
+    assert not paths[2].exists() and paths[0].exists() and paths[3].exists()
 
 
 def test_a_pointer_needs_a_complete_checkpoint(tmp_path):

@@ -73,9 +73,17 @@ class FaultTable:
                     self.tried[fault] += num_tried
                     self.held[fault] += num_held
 
-    def pytest_sessionfinish(self) -> None:
-        """Writes the table."""
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Writes the table; a promise that was tried, but too seldom, fails the session."""
         self.path.write_text(self.text(), encoding="utf-8")
+        seldom = [
+            f"{name} was tried {tried} times of {PROMISES[name].num_tries}"
+            for name, tried in self.tried.items()
+            if tried < PROMISES[name].num_tries
+        ]
+        if seldom and "slow" not in (session.config.getoption("-m") or ""):
+            print("\n" + "\n".join(seldom))
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def text(self) -> str:
         """The table in Markdown."""
