@@ -101,15 +101,15 @@ class Launched:
                 start_new_session=True,
             )
 
+    def processes(self) -> dict[int, dict[str, str]]:
+        """Variables of all that are running, launchers and their processes, by process id."""
+        pids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+        found = {pid: variables_of(pid) for pid in pids}
+        return {pid: own for pid, own in found.items() if own.get(MARK) == self.mark}
+
     def ranks(self) -> dict[int, int]:
         """Process ids of those that are running, by rank."""
-        pids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
-        all_variables = {pid: variables_of(pid) for pid in pids}
-        return {
-            int(of["RANK"]): pid
-            for pid, of in all_variables.items()
-            if of.get(MARK) == self.mark and "RANK" in of
-        }
+        return {int(own["RANK"]): pid for pid, own in self.processes().items() if "RANK" in own}
 
     def kill(self, rank: int, how: signal.Signals = signal.SIGKILL) -> int | None:
         """Kills the process of that rank and returns its id; None when there is none any more."""
@@ -131,10 +131,12 @@ class Launched:
 
     def end(self) -> None:
         """Leaves nothing behind."""
-        pids = self.ranks().values()
-        for pid in [*pids, -self.launcher.pid]:  # the launcher's group last
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        # A launcher may start others between a look and a kill.
+        while found := self.processes():
+            for pid in found:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.launcher.poll()
         self.launcher.wait()
 
 

@@ -10,14 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.faults.launched import (
-    MARK,
     SETTINGS,
     Launched,
     figures,
     launched,
     num_rows,
     small_dataset,
-    variables_of,
     wait_for,
 )
 from tests.test_machines import WHY_NOT, job_of_two_hosts
@@ -41,9 +39,8 @@ exit $code
 
 def lose(one: Launched, host: str) -> None:
     """Kills torchrun and its processes on that host, first torchrun."""
-    found = {int(folder.name) for folder in Path("/proc").glob("[0-9]*")}
-    variables = {pid: variables_of(pid) for pid in found}
-    own = [p for p, v in variables.items() if v.get(MARK) == one.mark and v.get("NAME") == host]
+    variables = one.processes()
+    own = [pid for pid, of in variables.items() if of.get("NAME") == host]
     agents = [pid for pid in own if b"torchrun" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     shells = [p for p in agents if b"bash" in Path(f"/proc/{p}/cmdline").read_bytes()[:20]]
     workers = [pid for pid in own if "RANK" in variables[pid]]
