@@ -135,6 +135,7 @@ POSITIONALS = {
     "benchmark": ["step"],
     "make_events": ["counting", "{run}/out.parquet"],
     "plan": [],
+    "export": ["{run}", "{run}/out"],
 }
 
 

@@ -150,7 +150,7 @@ class Dataset:
         """The statistics that are single values."""
         return {k: v for k, v in self.stats.items() if isinstance(v, int | float | str)}
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What copies of the folder have in common: statistics, the hash of item ids, sizes of the files."""
         facts = {name: value for name, value in self.facts.items() if name != "prepare_s"}

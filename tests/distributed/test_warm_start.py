@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from hstu_rec import checkpoint, distributed, trainer, warm_start
+from hstu_rec import checkpoint, distributed, warm_start
+from hstu_rec.checkpoint.folder import digest_of
+from hstu_rec.checkpoint.storage import StorageReader
 from hstu_rec.config import RunConfig, load, save
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.item_map import keep_item_map
@@ -19,6 +21,7 @@ from hstu_rec.data.stream import eval_batches
 from hstu_rec.item_table import has_rows, shards_of
 from hstu_rec.learner import Learner, resolved
 from hstu_rec.trainer import train
+from hstu_rec.training import Training
 from hstu_rec.warm_start import former_run
 from tests.datasets import write_dataset
 from tests.ranks import run_ranks
@@ -79,7 +82,7 @@ def former(tmp_path_factory):
         shutil.rmtree(folder / "data")  # as a daily prepare does
         best = checkpoint.resolve(folder / "run" / "checkpoints", "best")
         saved = {WEIGHT: torch.zeros(len(OLD), DIM), MOMENT: torch.zeros(len(OLD))}
-        dcp.load(saved, checkpoint_id=best, no_dist=True)
+        dcp.load(saved, storage_reader=StorageReader(best), no_dist=True)
         assert saved[MOMENT].any()
         return folder / "run", {name: tensor.numpy() for name, tensor in saved.items()}
 
@@ -272,15 +275,15 @@ def test_an_interrupted_warm_started_run_goes_on(yesterday, tmp_path, monkeypatc
     write_day(tmp_path / "data", NEW, days=40)
     settings = [*CALENDARS, f"train.warm_start={gone}", "train.resume=auto"]
     train_once(tmp_path / "data", tmp_path / "whole", *settings)
-    validate = trainer._validate
+    validate = Training._validate
 
-    def validate_and_stop(config, learner, dataset, folder, tracker, progress):
-        validate(config, learner, dataset, folder, tracker, progress)
-        if progress.epoch == 1:
+    def validate_and_stop(training):
+        validate(training)
+        if training.progress.epoch == 1:
             raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer, "_validate", validate_and_stop)
+        patched.setattr(Training, "_validate", validate_and_stop)
         with pytest.raises(Stopped):
             train_once(tmp_path / "data", tmp_path / "run", *settings)
     shutil.rmtree(gone)
@@ -356,7 +359,7 @@ def test_a_map_of_other_items_is_refused(yesterday, tmp_path):
     for path in (other / "checkpoints").glob("step_*/meta.json"):
         path.write_text(path.read_text().replace('"items": null', '"items": "0123"'))
         manifest = json.loads((path.parent / "manifest.json").read_text())
-        manifest["files"]["meta.json"] = checkpoint._digest(path)
+        manifest["files"]["meta.json"] = digest_of(path)
         (path.parent / "manifest.json").write_text(json.dumps(manifest))
     sentence = refusal(data, tmp_path / "run2", *CALENDARS, f"train.warm_start={other}")
     assert "does not hold the items that" in sentence

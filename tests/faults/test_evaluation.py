@@ -191,7 +191,7 @@ def train_and_rank(path):
     losses = []
     for epoch in range(2):
         for index in range(learner.stream.num_steps(epoch)):
-            losses.append(learner.step(epoch, index, len(losses)))
+            losses.append(learner.step(epoch, index, len(losses)).loss)
     found = evaluator.evaluate(learner.model, dataset, "test", learner.config.eval, learner.device)
     mine = []
     for batch in eval_batches(dataset, "test", 6, 100):

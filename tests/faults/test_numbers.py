@@ -236,8 +236,9 @@ def runs_until_it_diverges(data: Path, folder: Path):
     """(test metrics of a good run, of its best checkpoint after it went on and diverged; the sentence)."""
     good = small_run(data, folder, "train.max_epochs=10", "optim.lr=0.01", "table.lr=0.1")
     best = checkpoint.resolve(folder / "checkpoints", "best")
+    fast = ("optim.lr=1", "table.lr=10", "train.resume_changed=true")
     with pytest.raises(FloatingPointError) as raised:
-        small_run(data, folder, "train.max_epochs=60", "optim.lr=1", "table.lr=10")
+        small_run(data, folder, "train.max_epochs=60", *fast)
     assert checkpoint.resolve(folder / "checkpoints", "best") == best
     return good["test"], evaluate_run(folder, [])["test"], str(raised.value)
 
