@@ -81,7 +81,8 @@ def evaluate(
     Collective; ranks may have no user at all. `after_batch` is called after every batch of queries, as often
     on every rank: it may be collective, and what it raises ends the evaluation. The model is left in the mode
     it was in. Raises ValueError when no target is as frequent as that, and MemoryError on all ranks when one
-    query, or 1024 items, are too many for the memory of one of them.
+    query, or 1024 items, are too many for the memory of one of them. Where ranks exchange queries or rows,
+    a shortage on one of several is not halved: that rank ends.
     """
     was_training = sharded.training
     sharded.eval()
