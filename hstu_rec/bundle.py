@@ -21,7 +21,6 @@ everything is checked against config.json and against the model that it describe
 wrong raises BundleError. The hashes find damage; they do not tell who made a bundle.
 """
 
-import hashlib
 import json
 import reprlib
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from torch import Tensor, nn
 from hstu_rec import distributed
 from hstu_rec.data.own_ids import ItemIndex, hash_items, typed_ids
 from hstu_rec.distributed import Precision
+from hstu_rec.durable import digest_of
 from hstu_rec.encoder import HSTUEncoder
 from hstu_rec.encoder_config import EncoderConfig
 from hstu_rec.loss import LossConfig, SampledSoftmax
@@ -188,13 +188,6 @@ def read_config(folder: Path) -> BundleConfig:
     return BundleConfig(**values, files=files)  # pyright: ignore[reportArgumentType]
 
 
-def digest(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, as config.json holds them."""
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": sha256}
-
-
 def _no_number(text: str) -> float:
     raise ValueError(f"{text} is no number of JSON")
 
@@ -292,7 +285,7 @@ def _check_digest(path: Path, wanted: dict[str, Any]) -> None:
     size = path.stat().st_size
     if size != wanted["size"]:
         raise BundleError(f"{path} has {size} bytes instead of {wanted['size']}; {_ADVICE}")
-    if digest(path)["sha256"] != wanted["sha256"]:
+    if digest_of(path)["sha256"] != wanted["sha256"]:
         raise BundleError(
             f"{path} has changed since it was exported (its SHA-256 differs); {_ADVICE}"
         )

@@ -23,10 +23,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hstu_rec import failures
-from hstu_rec.checkpoint import CheckpointConfig, write_file
+from hstu_rec.checkpoint import CheckpointConfig
 from hstu_rec.data.stream import DataConfig
 from hstu_rec.data.synthetic import SYNTHETIC
 from hstu_rec.distributed import DeviceChoice, Precision
+from hstu_rec.durable import write_file
 from hstu_rec.encoder_config import EncoderConfig
 from hstu_rec.evaluator import EvalConfig
 from hstu_rec.guards import GuardConfig

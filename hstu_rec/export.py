@@ -27,9 +27,9 @@ from hstu_rec import bundle, checkpoint
 from hstu_rec.bundle import BundleConfig, Scoring, model_of
 from hstu_rec.checkpoint.saved_rows import SavedRows
 from hstu_rec.config import RunConfig, load
-from hstu_rec.data.folder import sync
 from hstu_rec.data.item_map import ITEM_MAP, item_map_hash
 from hstu_rec.data.own_ids import ItemIndex, typed_ids
+from hstu_rec.durable import digest_of, sync
 from hstu_rec.item_table import ROWS_NAME
 from hstu_rec.report import listing, metric_table
 from hstu_rec.serving import ServingModel
@@ -171,7 +171,7 @@ def export(folder: Path, output: Path, about: ExportConfig) -> BundleConfig:
         shutil.copyfile(folder / ITEM_MAP, partial / bundle.ITEMS)
         (partial / bundle.CARD).write_text(_card(config, run.result), encoding="utf-8")
         names = (bundle.WEIGHTS, bundle.VECTORS, bundle.ITEMS, bundle.CARD)
-        config = replace(config, files={name: bundle.digest(partial / name) for name in names})
+        config = replace(config, files={name: digest_of(partial / name) for name in names})
         content = {"format_version": bundle.FORMAT_VERSION, **asdict(config)}
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         (partial / bundle.CONFIG).write_text(text, encoding="utf-8")

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from hstu_rec import distributed
-from hstu_rec.checkpoint import write_file
 from hstu_rec.comparison import Measured, Table, compared, details, draw, page, read_published
 from hstu_rec.config import RunConfig, leaves, load
 from hstu_rec.data.demo import prepare_if_demo
 from hstu_rec.data.stream import open_dataset
+from hstu_rec.durable import write_file
 from hstu_rec.learner import resolved
 from hstu_rec.runs import (
     OWN_KEYS,

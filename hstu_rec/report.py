@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hstu_rec.checkpoint import write_file
+from hstu_rec.durable import write_file
 from hstu_rec.tracking import read_metrics
 
 SECTIONS = ("protocol", "test", "valid", "baselines", "timing", "versions")

@@ -18,7 +18,7 @@ from hstu_rec.checkpoint import CheckpointError
 from hstu_rec.config import RunConfig, leaves
 from hstu_rec.data.stream import Sequences
 from hstu_rec.encoder_config import EncoderConfig
-from hstu_rec.learner import Learner
+from hstu_rec.learner import Learner, rate_factor
 
 # What may differ when a run goes on: sections and settings that change neither the model nor its batches.
 FREE_SECTIONS = ("eval.", "checkpoint.", "guard.")
@@ -65,10 +65,10 @@ class Found:
     @property
     def encoder(self) -> EncoderConfig:
         """The encoder that was trained. Raises ValueError where it is of another version."""
-        settings = self.meta["config"].items()
-        own = {key: value for key, value in settings if key.startswith("encoder.")}
+        prefix, settings = "encoder.", self.meta["config"].items()
+        own = {key.removeprefix(prefix): one for key, one in settings if key.startswith(prefix)}
         try:
-            return EncoderConfig(**{key.removeprefix("encoder."): own[key] for key in own})
+            return EncoderConfig(**own)
         except TypeError as error:
             raise CheckpointError(
                 f"{self.path} is of another version of this package: {error}; go on with that version"
@@ -78,19 +78,26 @@ class Found:
 def meta_of(
     config: RunConfig,
     dataset: Sequences,
+    learner: Learner,
     progress: Progress,
     made_with: dict[str, Any],
-    factor: float = 1.0,
 ) -> dict[str, Any]:
-    """What a checkpoint's meta.json holds. factor: of the learning rates."""
+    """What a checkpoint's meta.json holds."""
+    factor = rate_factor(config.optim, progress.step, learner.num_steps_planned)
     return {
         "progress": asdict(progress),
+        "alarm": asdict(learner.alarm),
+        "num_skipped": learner.guard.num_skipped,
         "rates": {"optim.lr": config.optim.lr * factor, "table.lr": config.table.lr * factor},
         "items": dataset.stats.get("item_map_hash"),
-        "config": leaves(config),
-        "data": dataset.identity,
+        **_trained_with(config, dataset),
         "versions": made_with,
     }
+
+
+def _trained_with(config: RunConfig, dataset: Sequences) -> dict[str, Any]:
+    """What must be the same when a run goes on."""
+    return {"config": leaves(config), "data": dataset.identity}
 
 
 def find(resume: str, root: Path) -> tuple[Found | None, list[str]]:
@@ -127,7 +134,7 @@ def check(found: Found, config: RunConfig, dataset: Sequences) -> tuple[list[str
     """
     _check_items(found, dataset)
     # As JSON gives it back.
-    now = json.loads(json.dumps(meta_of(config, dataset, Progress(), {}), default=str))
+    now = json.loads(json.dumps(_trained_with(config, dataset), default=str))
     settings = _differing(found.meta["config"], now["config"])
     free = {key for key in settings if key in FREE or key.startswith(FREE_SECTIONS)}
     if config.optim.schedule != "constant":

@@ -6,7 +6,7 @@ steps of an epoch -> a checkpoint every checkpoint.every_minutes, and when the r
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from hstu_rec.data.stream import Sequences
 from hstu_rec.evaluator import evaluate
 from hstu_rec.flops import history_flops, peak_flops
 from hstu_rec.guards import Asked
-from hstu_rec.learner import Learner, rate_factor
+from hstu_rec.learner import Learner
 from hstu_rec.results import PARTS, seen_bias_of
 from hstu_rec.resuming import Progress, meta_of
 from hstu_rec.signals import Stopped, StopRequest
@@ -132,10 +132,7 @@ class Training:
         if self._saved_step == self.progress.step:
             return
         run = self.run
-        factor = rate_factor(run.config.optim, self.progress.step, run.learner.num_steps_planned)
-        meta = meta_of(run.config, run.dataset, self.progress, run.made_with, factor)
-        meta["alarm"] = asdict(run.learner.alarm)
-        meta["num_skipped"] = run.learner.guard.num_skipped
+        meta = meta_of(run.config, run.dataset, run.learner, self.progress, run.made_with)
         self._saver.save(self.progress.step, run.learner.state(), meta)
         self._saved_step, self._saved_at = self.progress.step, time.monotonic()
 

@@ -8,6 +8,7 @@ import numpy as np
 from hstu_rec import bundle
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.dataset import Dataset
+from hstu_rec.durable import digest_of
 from hstu_rec.trainer import train
 from tests.datasets import write_dataset
 
@@ -71,4 +72,4 @@ def changed(folder: Path, **values) -> None:
 
 def refreshed(folder: Path) -> None:
     """Makes sizes and hashes of config.json fit the files as they are now: a forger would."""
-    changed(folder, files={name: bundle.digest(folder / name) for name in bundle.READ})
+    changed(folder, files={name: digest_of(folder / name) for name in bundle.READ})

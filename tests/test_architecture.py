@@ -34,7 +34,7 @@ LAYERS = [
     {"data", "ops"},
     {"checkpoint", "tracking", "guards"},
     {"hosts", "portions"},
-    {"distributed", "versions", "settings", "transfer"},
+    {"distributed", "versions", "settings", "transfer", "durable"},
     {"meeting", "signals"},
 ]
 TORCHREC_USERS = {"item_table.py"}

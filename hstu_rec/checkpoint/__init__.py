@@ -30,7 +30,6 @@ from hstu_rec.checkpoint.folder import (
     read_meta,
     resolve,
     set_aside,
-    write_file,
 )
 from hstu_rec.checkpoint.saver import CheckpointConfig, Saver
 from hstu_rec.checkpoint.tensors import load, named_tensors, save
@@ -50,5 +49,4 @@ __all__ = [
     "resolve",
     "save",
     "set_aside",
-    "write_file",
 ]

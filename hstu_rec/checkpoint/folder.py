@@ -1,6 +1,5 @@
 """The folder of a run's checkpoints: names, manifests, pointers, and which of them are kept."""
 
-import hashlib
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from hstu_rec import distributed, hosts
+from hstu_rec.durable import digest_of, sync, write_file
 
 MANIFEST, META, TENSORS = "manifest.json", "meta.json", "tensors.json"
 FORMAT_VERSION = 2
@@ -104,17 +104,6 @@ def problems_of(path: Path) -> list[str]:
     return [found[name] for name in files if found[name]]
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Writes `path` durably, in one move: readers see the former file or the whole new one."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _sync_folder(path.parent)
-
-
 def publish(partial: Path, final: Path, digests: dict[str, dict[str, Any]]) -> None:
     """Completes the folder `partial` with a manifest and moves it to `final`, where one may be."""
     manifest = {"format_version": FORMAT_VERSION, "files": dict(sorted(digests.items()))}
@@ -125,7 +114,7 @@ def publish(partial: Path, final: Path, digests: dict[str, dict[str, Any]]) -> N
             shutil.rmtree(former)
         os.rename(final, former)
     os.rename(partial, final)
-    _sync_folder(final.parent)
+    sync(final.parent, is_deep=False)
     if former.exists():
         shutil.rmtree(former)
 
@@ -133,13 +122,6 @@ def publish(partial: Path, final: Path, digests: dict[str, dict[str, Any]]) -> N
 def share_of(names: list[str]) -> list[str]:
     """This rank's part of the files to hash."""
     return names[distributed.rank() :: distributed.world_size()]
-
-
-def digest_of(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": sha256}
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
@@ -193,13 +175,18 @@ def _step_folders(root: Path) -> list[Path]:
 def _resolve(root: Path, name: str) -> Path:
     if not (root / name).is_file():
         raise ValueError(f"{root} has no pointer {name!r}; it has {_pointers(root) or 'none'}")
-    target = (root / name).read_text(encoding="utf-8").strip()
+    target = _target(root, name)
     if not STEP_NAME.fullmatch(target):
         raise ValueError(f"pointer {root / name} names {target!r}, which is no step folder")
     for path in (root / target, root / f"{target}.old"):
         if path.is_dir():
             return path
     raise ValueError(f"pointer {root / name} names {target}, which is missing")
+
+
+def _target(root: Path, name: str) -> str:
+    """What a pointer holds."""
+    return (root / name).read_text(encoding="utf-8").strip()
 
 
 def _pointers(root: Path) -> list[str]:
@@ -219,9 +206,9 @@ def _set_aside(root: Path, after: Path) -> list[str]:
         os.rename(path, aside)
         moved.append(path.name)
     for name in _pointers(root):
-        if (root / name).read_text(encoding="utf-8").strip() in moved:
+        if _target(root, name) in moved:
             (root / name).unlink()
-    _sync_folder(root)
+    sync(root, is_deep=False)
     return moved
 
 
@@ -229,7 +216,7 @@ def _purge(root: Path, keep: int) -> None:
     folders = _step_folders(root)
     kept = {path.name for path in folders[:keep]}
     for name in _pointers(root):
-        target = (root / name).read_text(encoding="utf-8").strip()
+        target = _target(root, name)
         kept |= {target, target + ".old"}
     for path in folders:
         if path.name not in kept:
@@ -240,12 +227,3 @@ def _purge(root: Path, keep: int) -> None:
     leftovers = {path for path in root.glob("step_*") if path.name.endswith((".tmp", ".old"))}
     for path in leftovers - set(_step_folders(root)):
         shutil.rmtree(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the folder's entries durable, as fsync of a file does not."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from hstu_rec.checkpoint.folder import PART_NAME, TENSORS, write_file
+from hstu_rec.checkpoint.folder import PART_NAME, TENSORS
+from hstu_rec.durable import write_file
 
 
 class StorageWriter(FileSystemWriter):

@@ -20,14 +20,13 @@ from hstu_rec.checkpoint.folder import (
     CheckpointError,
     Group,
     check_there,
-    digest_of,
     problems_of,
     publish,
     read_meta,
     share_of,
-    write_file,
 )
 from hstu_rec.checkpoint.storage import StorageReader, StorageWriter
+from hstu_rec.durable import digest_of, write_file
 
 
 def save(

@@ -26,13 +26,13 @@ from hstu_rec.data.dataset import ITEMS, LATEST_S, MAPPED, SEQUENCES
 from hstu_rec.data.events import num_targets
 from hstu_rec.data.folder import (
     measure,
-    sync,
     write_events,
     write_stats,
     write_users,
 )
 from hstu_rec.data.mapped import open_arrow
 from hstu_rec.data.tally import Tally
+from hstu_rec.durable import sync
 from hstu_rec.tracking import Stages
 
 AGAIN = "prepare the dataset again"

@@ -6,7 +6,6 @@ items(place, item_id)                                        --> items.parquet
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,14 +131,3 @@ def _item_ids(connection: duckdb.DuckDBPyConnection) -> pa.RecordBatchReader:
 def write_stats(stats: dict[str, Any], folder: Path) -> None:
     """Writes stats.json."""
     (folder / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
-
-
-def sync(folder: Path, *, is_deep: bool = True) -> None:
-    """Flushes a folder, and if `is_deep` its files, to the disk."""
-    paths = [*(path for path in folder.iterdir() if is_deep and path.is_file()), folder]
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -27,8 +27,9 @@ from hstu_rec.data import dataset
 from hstu_rec.data.clean import BadRows, Cleaned, TimeUnit, clean
 from hstu_rec.data.database import MEMORY_LIMIT, database
 from hstu_rec.data.events import count, cut_times, drop_rare, drop_repeats, number, order
-from hstu_rec.data.folder import measure, sync, write_events, write_items, write_stats, write_users
+from hstu_rec.data.folder import measure, write_events, write_items, write_stats, write_users
 from hstu_rec.data.sources import PRESETS, PresetName, find_files, stage
+from hstu_rec.durable import sync
 from hstu_rec.settings import at_least, within, without_effect
 from hstu_rec.tracking import Stages
 

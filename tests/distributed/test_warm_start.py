@@ -12,12 +12,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from hstu_rec import checkpoint, distributed, warm_start
-from hstu_rec.checkpoint.folder import digest_of
 from hstu_rec.checkpoint.storage import StorageReader
 from hstu_rec.config import RunConfig, load, save
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.item_map import keep_item_map
 from hstu_rec.data.stream import eval_batches
+from hstu_rec.durable import digest_of
 from hstu_rec.item_table import has_rows, shards_of
 from hstu_rec.learner import Learner, resolved
 from hstu_rec.trainer import train
