@@ -271,16 +271,22 @@ def test_the_app_says_whether_it_fits_by_its_exit_code():
 
 
 def test_estimated_memory_is_what_training_takes():
-    command = [sys.executable, "apps/benchmark.py", "memory", "plan.num_items=1e6"]
-    runs = []
+    # A table of 1 GiB: what glibc keeps of pieces that training has freed, up to 60 MiB, is little beside it.
+    command = [
+        sys.executable,
+        "apps/benchmark.py",
+        "memory",
+        "plan.num_items=4e6",
+        "train.device=cpu",
+    ]
+    runs, printed = [], ""
     for _ in range(3):
-        done = subprocess.run(
-            [*command, "train.device=cpu"], cwd=ROOT, capture_output=True, text=True, timeout=200
-        )
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        printed += done.stdout
         found = re.search(r"measured ([\d.]+) GiB, estimated ([\d.]+) GiB", done.stdout)
         assert found, done.stderr
         runs.append(tuple(map(float, found.groups())))
-    # The least of them: on a busy machine glibc may keep pieces that training has freed.
+    # The least of them: on a busy machine the most differs.
     measured, estimated = min(runs)
-    assert estimated == pytest.approx(measured, rel=0.1)
-    assert estimated > 10**6 * 260 / GIB
+    assert estimated == pytest.approx(measured, rel=0.1), printed
+    assert estimated > 4 * 10**6 * 260 / GIB

@@ -1,7 +1,6 @@
 """What training holds, measured beside what hstu_rec.planning says: a few real steps on made events."""
 
 import gc
-import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +20,8 @@ def measure_memory(config: PlannedRun, device: torch.device) -> Iterator[str]:
     """Lines of measured and estimated memory of each rank; `world` and `hbm` are those of the processes.
     Collective.
 
-    On CUDA the peak of the allocator, on CPU that of the resident set, over what there was before the model.
-    A small model has trained before, so that libraries are loaded.
+    On CUDA the peak of the allocator, on CPU that of the resident set without files, over what there was
+    before the model. A small model has trained before, so that libraries are loaded.
     """
     if not config.plan.num_items:
         raise ValueError("memory is measured on made events; give plan.num_items, at least 1")
@@ -64,5 +63,9 @@ def _held(device: torch.device) -> tuple[int, int]:
         held = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return held
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize(), 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Pages of libraries are not the model's, and come in when they are first touched.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    anonymous, files, most = (
+        1024 * int(status[k].split()[0]) for k in ("RssAnon", "RssFile", "VmHWM")
+    )
+    return anonymous, most - files
