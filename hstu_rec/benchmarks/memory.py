@@ -63,9 +63,20 @@ def _held(device: torch.device) -> tuple[int, int]:
         held = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return held
-    # Pages of libraries are not the model's, and come in when they are first touched.
+    return _kept("RssAnon"), peak_bytes()
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held since `reset_peak`, without pages of files: those of libraries
+    are not the model's, and come in when they are first touched."""
+    return _kept("VmHWM") - _kept("RssFile")
+
+
+def reset_peak() -> None:
+    """`peak_bytes` counts from now on."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _kept(name: str) -> int:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    anonymous, files, most = (
-        1024 * int(status[k].split()[0]) for k in ("RssAnon", "RssFile", "VmHWM")
-    )
-    return anonymous, most - files
+    return 1024 * int(status[name].split()[0])

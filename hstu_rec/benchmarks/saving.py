@@ -1,6 +1,5 @@
 """What checkpoints beside training cost: blocks of steps with one and without, in turn."""
 
-import resource
 import shutil
 import statistics
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from hstu_rec import distributed, hosts
+from hstu_rec.benchmarks.memory import peak_bytes, reset_peak
 from hstu_rec.benchmarks.timing import GIB
 from hstu_rec.checkpoint import Saver
 from hstu_rec.config import RunConfig
@@ -39,13 +39,15 @@ def saving_times(config: RunConfig, device: torch.device) -> Iterator[str]:
         )
     held: dict[bool, list[float]] = {False: [], True: []}
     begun: list[float] = []
+    without = 0
     folder = hosts.on_main(lambda: tempfile.mkdtemp(prefix="saving-", dir="."))
-    before = _peak_bytes()
     settings = replace(config.checkpoint, keep=1)
     try:
         with Saver(Path(folder), settings) as saver:
             for block in range(NUM_BLOCKS + 1):
-                is_saved = block % 2 == 1
+                is_saved = block > 0 and block % 2 == 0
+                if block == 1:  # training has grown to its size
+                    reset_peak()
                 distributed.barrier()
                 began_at = time.perf_counter()
                 if is_saved:
@@ -57,14 +59,14 @@ def saving_times(config: RunConfig, device: torch.device) -> Iterator[str]:
                     torch.cuda.synchronize()
                 if block:  # the first warms up
                     held[is_saved].append(time.perf_counter() - began_at)
-                if block == 0:
-                    before = _peak_bytes()
+                if block == 1:
+                    without = peak_bytes()
             saver.wait()
     finally:
         hosts.on_main(lambda: shutil.rmtree(folder))
     yield from _lines(config, held, begun, num_steps)
     rows = dataset.num_items * sum(row_bytes(config.table, config.encoder.dim))
-    grown = sum(hosts.gathered(_peak_bytes() - before))
+    grown = sum(hosts.gathered(peak_bytes() - without))
     yield (
         f"memory  rows and their state {rows / GIB:.3f} GiB, peak grown by {grown / GIB:.3f} GiB with "
         f"copies: {1 + grown / rows:.2f} times the table"
@@ -84,7 +86,3 @@ def _lines(
         f"slower by {slower:+.2%}, {how}; training waited {statistics.median(begun) * 1e3:.0f} ms "
         f"({begun[0] * 1e3:.0f} the first time)"
     )
-
-
-def _peak_bytes() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
