@@ -183,7 +183,8 @@ UNSAFE_CALLS |= {
     "torch.hub.load",
     "torch.package.PackageImporter",
 }
-UNSAFE_ENDS = {"read_pickle", "unsafe_load", "unsafe_load_all"}
+# DCP's own reader unpickles its `.metadata`.
+UNSAFE_ENDS = {"read_pickle", "unsafe_load", "unsafe_load_all", "FileSystemReader"}
 SAFE_VALUES = {"weights_only": "True", "allow_pickle": "False"}
 
 
@@ -230,6 +231,7 @@ def test_nothing_is_unpickled_or_executed(path: Path) -> None:
         "eval(text)",
         "x = exec(text)",
         "frame = pandas.read_pickle(path)",
+        "reader = filesystem.FileSystemReader(path)",
     ],
 )
 def test_what_would_execute_a_file_is_found(source: str) -> None:

@@ -152,9 +152,9 @@ def stop_at(stop_after, data, folder, *settings):
 
 @pytest.mark.fault("R3")
 def test_a_run_goes_on_at_other_numbers_of_processes(data, tmp_path):
-    for name, world_sizes in (("same", (2, 2, 2)), ("other", (2, 1, 4))):
-        for world_size, stop_after in zip(world_sizes, (33, 66, 99), strict=True):
-            run_ranks(world_size, stop_at, stop_after, data, tmp_path / name)
+    run_ranks(2, stop_at, 99, data, tmp_path / "same")
+    for world_size, stop_after in ((2, 33), (1, 66), (4, 99)):
+        run_ranks(world_size, stop_at, stop_after, data, tmp_path / "other")
     expected, found = losses(tmp_path / "same"), losses(tmp_path / "other")
     assert list(found) == list(expected) == list(range(101))
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
