@@ -4,20 +4,24 @@ import json
 import os
 import signal
 import threading
+import time
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from hstu_rec import checkpoint
+from hstu_rec import checkpoint, training
+from hstu_rec.checkpoint import Saver
 from hstu_rec.checkpoint.storage import StorageReader
 from hstu_rec.config import RunConfig, load
 from hstu_rec.learner import Learner
 from hstu_rec.loss import LossConfig
 from hstu_rec.signals import RETRY_CODE, Stopped
 from hstu_rec.trainer import train
+from hstu_rec.training import Training
 from tests.datasets import write_dataset
 from tests.ranks import run_ranks
 
@@ -114,6 +118,30 @@ def test_a_run_stopped_in_mid_epoch_ends_as_if_it_had_not_been(data, whole, tmp_
     assert resumed["test"] == result["test"]
 
 
+@pytest.mark.fault("R9")
+def test_a_run_stopped_while_it_measures_measures_again(data, whole, tmp_path, monkeypatch):
+    folder, result = whole
+    looked, look = [], Training.stop_if_asked
+
+    def ask(training):
+        looked.append(training.progress.step)
+        if len(looked) in (2, 5):
+            os.kill(os.getpid(), signal.SIGTERM)
+        look(training)
+
+    monkeypatch.setattr(Training, "stop_if_asked", ask)
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            train_once(data, tmp_path / "run")
+    assert train_once(data, tmp_path / "run")["test"] == result["test"]
+    # In the second validation, and in what is measured last.
+    assert looked[1:3] == [140, 140] and looked[4:6] == [200, 200]
+    assert_same(newest(tmp_path / "run"), newest(folder))
+    for name in ("best", "last"):
+        pointers = (one / "checkpoints" / name for one in (folder, tmp_path / "run"))
+        assert len({pointer.read_text() for pointer in pointers}) == 1
+
+
 @pytest.mark.fault("R2")
 def test_two_stops_in_an_epoch_repeat_and_leave_out_no_user(data, tmp_path):
     steps = []
@@ -136,6 +164,27 @@ def test_one_rank_that_is_asked_stops_all_and_they_go_on_to_the_last_bit(data):
     run_ranks(2, train_once, data, stopped)
     assert losses(stopped) == losses(undisturbed)
     assert_same(newest(stopped), newest(undisturbed))
+
+
+def saves_by_a_clock(data, folder):
+    """Steps at which this rank saves; the clock of rank 1 goes 6000 times as fast."""
+    steps, save = [], Saver.save
+    faster = 6000 if dist.get_rank() == 1 else 1
+    training.time = SimpleNamespace(monotonic=lambda: faster * time.monotonic())
+
+    def noted(saver, step, *rest):
+        steps.append(step)
+        return save(saver, step, *rest)
+
+    Saver.save = noted
+    train_once(data, folder, "checkpoint.every_minutes=5", "train.max_epochs=6")
+    return steps
+
+
+def test_ranks_whose_clocks_differ_save_together(data, tmp_path):
+    first, second = run_ranks(2, saves_by_a_clock, data, tmp_path / "run")
+    # The one validation, at the end, is one of them.
+    assert first == second and len(first) > 3 and first[-1] == 60
 
 
 def count_steps(stop_after, data, folder, stops_on):
