@@ -6,10 +6,11 @@
     python apps/benchmark.py attention|encoder|loss|ranking [key=value ...]                   a part alone
     python apps/benchmark.py tune [key=value ...]                       attention's compile options, on CUDA
     python apps/benchmark.py saving [CONFIG.yaml ...] [key=value ...]   checkpoints beside training
+    python apps/benchmark.py guards [CONFIG.yaml ...] [key=value ...]   steps with the guards and without
     python apps/benchmark.py memory [CONFIG.yaml ...] [key=value ...]   what a rank holds beside its estimate
     python apps/benchmark.py quality RECIPE.yaml ... [quality.key=value ...] [key=value ...]
 
-torchrun and torchx launch step, epoch, curve, ranking, saving and memory. `MEASURE help` lists keys.
+torchrun and torchx launch step, epoch, curve, ranking, saving, guards and memory. `MEASURE help` lists keys.
 quality trains recipes with several seeds, in processes that it launches, but for runs that are done, and
 writes quality.md, .json and .png beside published figures; its own settings are quality.*, all others are
 given to the runs.

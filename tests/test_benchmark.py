@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from hstu_rec import distributed
-from hstu_rec.benchmarks import ranking
+from hstu_rec.benchmarks import guarding, ranking, saving
 from hstu_rec.benchmarks.attention import AttentionTimes, attention_times
 from hstu_rec.benchmarks.attention_forms import FORMS, Batch, Shape, padded
 from hstu_rec.benchmarks.attention_tuning import OptionTimes, option_times
 from hstu_rec.benchmarks.encoder import EncoderTimes, encoder_of, encoder_times, training_work
+from hstu_rec.benchmarks.guarding import Unguarded, guard_times
 from hstu_rec.benchmarks.loss import LossTimes, loss_times, own_loss, plain_loss
 from hstu_rec.benchmarks.ranking import RankingTimes, ranking_times
+from hstu_rec.benchmarks.saving import saving_times
 from hstu_rec.benchmarks.steps import PaddedStream, compare_steps, figures_by_epoch, hold_scores
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.dataset import Dataset
@@ -246,3 +248,35 @@ def test_a_wrong_rank_is_not_timed(monkeypatch):
     config = RankingTimes(num_queries=20, num_items=50, dim=4, num_seen=3, repeats=1)
     with pytest.raises(ArithmeticError, match="16 ranks differ from those counted in float64"):
         list(ranking_times(config, CPU))
+
+
+def test_steps_without_guards_train_the_same_and_are_timed_in_turn(settings, monkeypatch):
+    config = load(RunConfig, [*settings, "data.batch_users=4"])
+    losses = []
+    with distributed.process_group("cpu") as device:
+        for is_guarded in (True, False):
+            learner = Learner(config, Dataset(config.data.path), device)
+            if not is_guarded:
+                learner.guard = Unguarded(config.guard, learner.dense)
+            learner.begin()
+            losses.append([learner.step(0, at, at).loss for at in range(4)])
+        with pytest.raises(ValueError, match="and 410 are timed; give more users"):
+            next(guard_times(config, device))
+        monkeypatch.setattr(guarding, "NUM_WARM_UP", 1)
+        monkeypatch.setattr(guarding, "NUM_TIMED", 2)
+        names = [line.split()[0] for line in guard_times(config, device)]
+    assert losses[0] == losses[1] and names == ["wall", "CPU"]
+
+
+def test_blocks_with_a_checkpoint_and_without_are_timed_in_turn(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(saving, "NUM_BLOCKS", 4)
+    config = load(RunConfig, [*settings, "data.batch_users=4", "checkpoint.every_steps=1"])
+    with distributed.process_group("cpu") as device:
+        lines = list(saving_times(config, device))
+        with pytest.raises(ValueError, match="steps and 250 are timed"):
+            config = load(RunConfig, [*settings, "checkpoint.every_steps=50"])
+            next(saving_times(config, device))
+    assert [line.split()[0] for line in lines] == ["without", "with", "slower", "memory"]
+    assert all(len(re.findall(r"\d\.\d\d\b", line.split("(")[1])) == 2 for line in lines[:2])
+    assert list(tmp_path.iterdir()) == []

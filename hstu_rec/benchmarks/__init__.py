@@ -5,6 +5,7 @@ from typing import Any
 from hstu_rec.benchmarks.attention import AttentionTimes, attention_times
 from hstu_rec.benchmarks.attention_tuning import OptionTimes, option_times
 from hstu_rec.benchmarks.encoder import EncoderTimes, encoder_times
+from hstu_rec.benchmarks.guarding import guard_times
 from hstu_rec.benchmarks.loss import LossTimes, loss_times
 from hstu_rec.benchmarks.memory import measure_memory
 from hstu_rec.benchmarks.ranking import RankingTimes, ranking_times
@@ -22,6 +23,7 @@ MEASURES: dict[str, tuple[Any, Any]] = {
     "encoder": (EncoderTimes, encoder_times),
     "loss": (LossTimes, loss_times),
     "ranking": (RankingTimes, ranking_times),
+    "guards": (RunConfig, guard_times),
     "saving": (RunConfig, saving_times),
     "memory": (PlannedRun, measure_memory),
 }
