@@ -11,10 +11,11 @@ import inspect
 import io
 import itertools
 import os.path
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -54,6 +55,9 @@ BASE_KEY = "base"
 # recurses in C and would end the process.
 MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**20, 32
 MAX_PROBLEMS = 20
+# Results are given by these parts, each with these metrics.
+PARTS = ("seen_masked", "seen_allowed")
+SELECTED = re.compile(rf"({'|'.join(PARTS)})/(mrr|(recall|ndcg)@([1-9][0-9]*))")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,18 +182,22 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
+    def validation(self) -> EvalConfig:
+        """How validations measure: as `eval`, and at the cut-off of train.select."""
+        found = SELECTED.fullmatch(self.train.select)
+        assert found is not None  # or `problems` would have told
+        chosen = [int(found[4])] if found[4] else []
+        return replace(self.eval, ks=sorted({*self.eval.ks, *chosen}))
+
     def problems(self) -> list[str]:
         """Problems between sections."""
-        allowed = [
-            f"{part}/{metric}"
-            for part in ("seen_allowed", "seen_masked")
-            for metric in [*(f"{m}@{k}" for m in ("recall", "ndcg") for k in self.eval.ks), "mrr"]
-        ]
         found = []
-        if self.train.select not in allowed:
-            near = did_you_mean(self.train.select, allowed)
+        if not SELECTED.fullmatch(self.train.select):
+            metrics = [f"{part}/{one}" for part in PARTS for one in ("recall@10", "ndcg@10", "mrr")]
+            near = did_you_mean(self.train.select, metrics)
             found.append(
-                f"train.select must be one of {', '.join(allowed)}; got '{self.train.select}'{near}"
+                "train.select must be seen_masked or seen_allowed, and mrr, recall@k or ndcg@k, such as "
+                f"{', '.join(metrics)}; got '{self.train.select}'{near}"
             )
         if self.train.warm_start and self.data.path == SYNTHETIC:
             found.append(f"train.warm_start needs items with own ids, not data.path={SYNTHETIC}")

@@ -110,6 +110,8 @@ def open_run(folder: Path) -> TrainedRun:
         )
     config = load(RunConfig, [str(folder / "config.yaml")])
     path = checkpoint.resolve(folder / "checkpoints", "best")
+    if problems := checkpoint.problems_of(path):
+        raise ValueError(f"{path} is damaged: {'; '.join(problems)}")
     found = item_map_hash(folder / ITEM_MAP)
     if checkpoint.read_meta(path).get("items") not in (None, found):
         raise ValueError(
@@ -136,7 +138,7 @@ def open_run(folder: Path) -> TrainedRun:
     with warnings.catch_warnings():
         # DCP tells that there is no process group.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        checkpoint.load(path, {"model": weights}, apart=lambda name: name not in wanted)
+        checkpoint.load(path, {"model": weights}, lambda name: name not in wanted, is_verified=True)
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return TrainedRun(folder, config, scoring, weights, rows, found, result)
 

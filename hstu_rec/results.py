@@ -5,15 +5,13 @@ from typing import Any
 
 from hstu_rec import distributed
 from hstu_rec.baselines import baseline_metrics
-from hstu_rec.config import RunConfig
+from hstu_rec.config import PARTS, RunConfig
 from hstu_rec.data.known_best import best_recall
 from hstu_rec.data.stream import Sequences
 from hstu_rec.data.synthetic import SyntheticDataset
 from hstu_rec.evaluator import evaluate
 from hstu_rec.learner import Learner
 from hstu_rec.resuming import Progress
-
-PARTS = ("seen_masked", "seen_allowed")
 
 
 def result_of(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hstu_rec import checkpoint, hosts, resuming
+from hstu_rec.checkpoint import CheckpointError
 from hstu_rec.config import RunConfig
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.item_map import keep_item_map
@@ -85,7 +86,16 @@ class FromCheckpoint:
     def begin(self, run: Run) -> Progress:
         """Loads the checkpoint."""
         found, learner = self.found, run.learner
-        progress = resuming.load(found, learner, run.dataset)
+        try:
+            progress = resuming.load(found, learner, run.dataset)
+        except CheckpointError as error:
+            if not self.changes:
+                raise
+            changes = "; ".join(one.removeprefix("resume: changed since: ") for one in self.changes)
+            raise CheckpointError(
+                f"{found.path} cannot be gone on with, train.resume_changed or not, where tensors have other "
+                f"shapes: {changes}; give the settings that it was trained with, or begin another run"
+            ) from error
         learner.continue_at(progress.steps_before + progress.step)
         if not self.changes:
             # Losses of other settings or data are other ones.

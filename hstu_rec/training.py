@@ -13,13 +13,13 @@ import torch
 
 from hstu_rec import checkpoint, distributed
 from hstu_rec.checkpoint import Saver
-from hstu_rec.config import RunConfig
+from hstu_rec.config import PARTS, RunConfig
 from hstu_rec.data.stream import Sequences
 from hstu_rec.evaluator import evaluate
 from hstu_rec.flops import history_flops, peak_flops
 from hstu_rec.guards import Asked
 from hstu_rec.learner import Learner
-from hstu_rec.results import PARTS, seen_bias_of
+from hstu_rec.results import seen_bias_of
 from hstu_rec.resuming import Progress, meta_of
 from hstu_rec.signals import Stopped, StopRequest
 from hstu_rec.tracking import Tracker
@@ -155,7 +155,7 @@ class Training:
             run.learner.model,
             run.dataset,
             "valid",
-            run.config.eval,
+            run.config.validation(),
             run.learner.device,
             after_batch=self.stop_if_asked,
         )

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hstu_rec.data.dataset import EVENT_CHUNK_ROWS, FORMAT_VERSION, Dataset, fingerprint
+from hstu_rec.data.dataset import EVENT_CHUNK_ROWS, FORMAT_VERSION, Dataset, digests, fingerprint
 
 
 def write_dataset(
@@ -62,6 +62,7 @@ def write_dataset(
                 "format_version": FORMAT_VERSION,
                 "split": {"kind": "leave_one_out"},
                 "parquet": fingerprint(path),
+                "mapped": digests(path),
                 **stats,
             }
         )

@@ -204,6 +204,29 @@ def test_a_misspelt_key_of_a_run_is_answered_with_the_right_one() -> None:
 
 
 @pytest.mark.parametrize(
+    ("select", "ks"),
+    [
+        ("seen_masked/ndcg@10", [1, 5, 10]),
+        ("seen_allowed/recall@5", [1, 5]),
+        ("seen_allowed/mrr", [1, 5]),
+    ],
+)
+def test_validations_measure_what_selects_beside_the_cut_offs_of_the_result(select, ks):
+    config = load(RunConfig, ["eval.ks=[5,1]", f"train.select={select}", "eval.batch_users=7"])
+    assert sorted(config.validation().ks) == ks and config.validation().batch_users == 7
+    assert config.eval.ks == [5, 1]
+
+
+@pytest.mark.parametrize(
+    "select", ["seen_masked/ndcg@0", "masked/mrr", "mrr", "seen_masked/mrr@5", ""]
+)
+def test_what_selects_must_be_a_metric(select):
+    assert "train.select must be seen_masked or seen_allowed, and" in problems_of(
+        RunConfig, f"train.select={select}"
+    )
+
+
+@pytest.mark.parametrize(
     "setting",
     [
         "optim.lr=0",

@@ -83,6 +83,9 @@ def check(
             connection.register("users", users)
         with stages.stage("events"):
             _refuse(path, _mapped_problems(path, connection, users, stats))
+        now = dataset.digests(path)
+        if changed := [name for name in now if now[name] != stats["mapped"].get(name)]:
+            _refuse(path, [f"{', '.join(changed)}: not as when stats.json was written; {AGAIN}"])
         dataset.check_fingerprint(path, stats)
     return stats
 
@@ -122,7 +125,7 @@ def _make(
             "parquet": dataset.fingerprint(path),
             "prepare_s": round(time.perf_counter() - began, 3),
         }
-        write_stats(stats, work)
+        stats = write_stats(stats, work)
         _publish(work, path)
     return stats
 

@@ -23,8 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hstu_rec.data.mapped import OpenFiles, open_arrow, views, whole
+from hstu_rec.durable import digest_of
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 EVENT_CHUNK_ROWS = 2**22
 ITEMS, SEQUENCES = "items.parquet", "sequences.parquet"
 MAPPED = ("counts.arrow", "users.arrow", "events.arrow")
@@ -104,6 +105,11 @@ def check_fingerprint(path: Path, stats: dict[str, Any]) -> None:
         )
 
 
+def digests(path: Path) -> dict[str, str]:
+    """SHA-256 of each of a folder's mapped files, by name."""
+    return {name: digest_of(path / name)["sha256"] for name in MAPPED}
+
+
 class Dataset:
     """Users' event sequences of one prepared folder.
 
@@ -152,10 +158,9 @@ class Dataset:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What copies of the folder have in common: statistics, the hash of item ids, sizes of the files."""
+        """What copies of the folder have in common: statistics, the hash of item ids, the files' content."""
         facts = {name: value for name, value in self.facts.items() if name != "prepare_s"}
-        sizes = {name: (self.path / name).stat().st_size for name in MAPPED}
-        return facts | {"split": self.stats.get("split")} | sizes
+        return facts | {"split": self.stats.get("split")} | self.stats["mapped"]
 
     @cached_property
     def item_ids(self) -> pa.ChunkedArray:

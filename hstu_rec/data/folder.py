@@ -128,6 +128,8 @@ def _item_ids(connection: duckdb.DuckDBPyConnection) -> pa.RecordBatchReader:
     return connection.sql("SELECT item_id FROM items ORDER BY place").to_arrow_reader(READ_ROWS)
 
 
-def write_stats(stats: dict[str, Any], folder: Path) -> None:
-    """Writes stats.json."""
+def write_stats(stats: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Writes stats.json beside the mapped files, whose content it adds; what it holds."""
+    stats = stats | {"mapped": dataset.digests(folder)}
     (folder / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
+    return stats

@@ -144,7 +144,7 @@ def prepare(
     ):
         stats = _make(config, files, connection, folder, stages)
         stats["prepare_s"] = round(time.perf_counter() - began, 3)
-        write_stats(stats, folder)
+        stats = write_stats(stats, folder)
     return stats
 
 

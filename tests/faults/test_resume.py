@@ -263,6 +263,13 @@ def test_a_run_is_not_gone_on_with_under_other_settings_or_data_unless_told(data
     write_dataset(tmp_path / "other", sequences, num_items=30)
     other = f"data.path={tmp_path / 'other'}"
     assert "the data's users was 77 and is 78" in refusal(data, folder, other)
+    # As many events, of the same users and times, of other items.
+    again = np.random.default_rng(5)
+    sequences = [again.integers(0, 30, n).tolist() for n in again.integers(4, 15, 77)]
+    sequences[0][0] = (sequences[0][0] + 1) % 30
+    write_dataset(tmp_path / "like", sequences, num_items=30)
+    like = refusal(data, folder, f"data.path={tmp_path / 'like'}")
+    assert "the data's events.arrow was" in like and "the data's users" not in like
     assert (folder / "config.yaml").read_text() == config
     capsys.readouterr()
     train_until(25, data, folder, other, "train.seed=2", "train.resume_changed=true")
