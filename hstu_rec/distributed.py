@@ -232,16 +232,27 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def job() -> str | None:
+    """What the launcher calls the job that this process is of, the same each time that it is started again;
+    None without a launcher."""
+    if not is_launched():
+        return None
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return name if name != "none" else f"{socket.gethostname()} {os.getppid()}"
+
+
+def num_restarts() -> int:
+    """How often the launcher has started the processes of this job again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def end_restarts() -> None:
     """Where torchrun would start this process again: has it end all of its own instead, and waits for that.
 
     For a failure that would come again. One process of a host asks, because a torchrun that is asked twice
     leaves its work half done.
     """
-    count, most = (
-        int(os.environ.get(f"TORCHELASTIC_{n}", "0")) for n in ("RESTART_COUNT", "MAX_RESTARTS")
-    )
-    if count < most:
+    if num_restarts() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to be saved
         is_first = os.environ["LOCAL_RANK"] == "0"
         if _meeting is not None:

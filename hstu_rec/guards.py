@@ -221,6 +221,6 @@ class DivergenceAlarm:
         if self.num_bad >= config.divergence_steps:
             raise FloatingPointError(
                 f"training diverges: the loss is {loss:.6g} at step {step}, and its best mean was "
-                f"{self.best:.6g}; lower optim.lr or table.lr and go on from the best checkpoint "
-                "(train.resume=RUN/checkpoints/step_<number>), or set guard.divergence_factor=0"
+                f"{self.best:.6g}; lower optim.lr or table.lr, or set "
+                "guard.divergence_factor=0"
             )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hstu_rec import checkpoint, distributed, hosts, resuming
+from hstu_rec import checkpoint, distributed, hosts, lock, resuming
 from hstu_rec.checkpoint import Saver
 from hstu_rec.config import RunConfig, leaves, save, to_yaml
 from hstu_rec.data.stream import Sequences, check_frequent, open_dataset
@@ -22,6 +22,11 @@ from hstu_rec.tracking import METRICS_FILE, Tracker
 from hstu_rec.training import Run, Training
 from hstu_rec.versions import versions
 
+# Folders of runs that were given none.
+RUNS = Path("runs")
+# By one of them a run's folder is known.
+OF_A_RUN = ("checkpoints", "config.yaml", METRICS_FILE, lock.LOCK)
+
 
 def train(config: RunConfig) -> dict[str, Any]:
     """Trains, evaluates and reports; returns what result.json holds. Collective.
@@ -30,6 +35,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     made_with = versions()  # now, because the source may change while it trains
     with distributed.process_group(config.train.device) as device:
+        config = _gone_on_with(config)
         dataset = _opened(config, made_with)
         # Before anything is written:
         folder = _run_folder(config)
@@ -39,6 +45,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         check_graphs(config, device)
         hosts.make_shared(folder, "train.run_dir")
         with (
+            lock.only_run_in(folder),
             StopRequest() as stop,
             Tracker(folder, distributed.is_main()) as tracker,
             Saver(folder / "checkpoints", config.checkpoint) as saver,
@@ -100,6 +107,18 @@ def _opened(config: RunConfig, made_with: dict[str, str | None]) -> Sequences:
     return dataset
 
 
+def _gone_on_with(config: RunConfig) -> RunConfig:
+    """The same, but where the launcher has started the job again and train.run_dir names no folder: to go on
+    in the one that it began."""
+    job = distributed.job()
+    if config.train.run_dir or job is None or not distributed.num_restarts():
+        return config
+    folder = hosts.on_main(lambda: lock.folder_of(job, RUNS))
+    if folder is None:
+        return config
+    return replace(config, train=replace(config.train, run_dir=str(folder), resume="auto"))
+
+
 def _run_folder(config: RunConfig) -> Path:
     """train.run_dir, or runs/<time>-<name>, the same on every rank.
 
@@ -108,7 +127,7 @@ def _run_folder(config: RunConfig) -> Path:
     resume = config.train.resume
     hosts.together(lambda: _check_resume(resume))
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = hosts.on_main(lambda: Path(config.train.run_dir or f"runs/{stamp}-{config.name}"))
+    folder = hosts.on_main(lambda: Path(config.train.run_dir or RUNS / f"{stamp}-{config.name}"))
     # Process 0 looks, because it also begins to write.
     hosts.on_main(lambda: _check_unused(folder, resume))
     return folder
@@ -131,6 +150,16 @@ def _check_unused(folder: Path, resume: str) -> None:
         raise ValueError(
             f"train.run_dir {folder} holds a run already; give another folder, remove this one, or go "
             "on with that run: train.resume=auto"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"train.run_dir {folder} is no folder; give one")
+    if (
+        folder.exists()
+        and any(folder.iterdir())
+        and not any((folder / name).exists() for name in OF_A_RUN)
+    ):
+        raise ValueError(
+            f"train.run_dir {folder} holds other files, and no run; give a folder that is empty or not there"
         )
 
 

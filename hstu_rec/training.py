@@ -65,7 +65,7 @@ class Training:
                 is_out_of_patience = 0 < settings.patience <= progress.num_without_gain
                 if progress.epoch >= settings.max_epochs or is_out_of_patience:
                     break
-                loss, speed = self._train_epoch()
+                loss, speed = self._train_epoch_or_tell()
                 bar.update(1)
                 self.run.tracker.log("speed", progress.step, speed)
                 bar.set_postfix_str(f"loss {loss:.3f}  {_shown(speed)}")
@@ -77,6 +77,21 @@ class Training:
         """Raises Stopped on all ranks when any was asked to, between steps that are saved. Collective."""
         if distributed.all_reduce_max(torch.tensor(int(self._stop.is_asked))):
             self._end()
+
+    def _train_epoch_or_tell(self) -> tuple[float, dict[str, float]]:
+        """`_train_epoch`; what ends it says from where to go on."""
+        try:
+            return self._train_epoch()
+        except FloatingPointError as error:
+            root = self.run.checkpoints
+            named = [name for name in ("best", "last") if checkpoint.has_pointer(root, name)]
+            if not named:
+                raise
+            path = checkpoint.resolve(root, named[0])
+            raise FloatingPointError(
+                f"{error}; to go on from the {named[0]} checkpoint with other settings: train.run_dir="
+                f"{self.run.folder} train.resume={path} train.resume_changed=true"
+            ) from error
 
     def _train_epoch(self) -> tuple[float, dict[str, float]]:
         """The steps that are left of an epoch; the last one's loss, and the speed."""

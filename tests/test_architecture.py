@@ -32,7 +32,7 @@ LAYERS = [
     {"softmax", "scores"},
     {"failures"},
     {"data", "ops"},
-    {"checkpoint", "tracking", "guards"},
+    {"checkpoint", "tracking", "guards", "lock"},
     {"hosts", "portions"},
     {"distributed", "versions", "settings", "transfer", "durable"},
     {"meeting", "signals"},

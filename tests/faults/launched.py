@@ -88,12 +88,14 @@ def wait_for(what: Callable[[], Any], within_s: float = PATIENCE_S) -> Any:
 class Launched:
     """A launcher that runs, and its processes."""
 
-    def __init__(self, command: Sequence[str], log: Path, **variables: str) -> None:
+    def __init__(
+        self, command: Sequence[str], log: Path, folder: Path = ROOT, **variables: str
+    ) -> None:
         self.mark, self.log = uuid.uuid4().hex, log
         with log.open("ab") as out:
             self.launcher = subprocess.Popen(
                 command,
-                cwd=ROOT,
+                cwd=folder,
                 env=environment(**{MARK: self.mark}, **variables),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -141,9 +143,11 @@ class Launched:
 
 
 @contextmanager
-def launched(command: Sequence[str], log: Path, **variables: str) -> Iterator[Launched]:
-    """The command, running; ended with all its processes on the way out."""
-    one = Launched(command, log, **variables)
+def launched(
+    command: Sequence[str], log: Path, folder: Path = ROOT, **variables: str
+) -> Iterator[Launched]:
+    """The command, running in a folder; ended with all its processes on the way out."""
+    one = Launched(command, log, folder, **variables)
     try:
         yield one
     finally:

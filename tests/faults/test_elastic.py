@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.launched import (
+    ROOT,
     SETTINGS,
     TORCHRUN,
     TORCHX,
@@ -80,6 +81,21 @@ def test_a_killed_process_restarts_all_and_the_run_ends_the_same(
     settings: list[str], undisturbed: Path, tmp_path: Path, tries: Tries
 ) -> None:
     tries.count(has_recovered([*TORCHX, *settings], undisturbed, tmp_path, random.Random(1)))
+
+
+@pytest.mark.fault("R10")
+def test_a_run_without_a_folder_goes_on_in_the_one_that_it_began(
+    settings: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    options = [one for one in settings[1:] if one != "train.resume=auto"]
+    command = [*TORCHRUN, str(ROOT / settings[0]), *options]
+    with launched(command, tmp_path / "log", tmp_path) as one:
+        (run,) = wait_for(lambda: [*tmp_path.glob("runs/*")])
+        wait_for(lambda: num_rows(run, "speed") > 3)
+        assert one.kill(1) is not None
+        assert one.wait() == 0, one.told()
+    assert [*tmp_path.glob("runs/*")] == [run] and "resume: " in one.told()
+    assert figures(run) == figures(undisturbed)
 
 
 @pytest.mark.slow
