@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -233,14 +234,19 @@ def small_run(data: Path, folder: Path, *settings: str):
 
 
 def runs_until_it_diverges(data: Path, folder: Path):
-    """(test metrics of a good run, of its best checkpoint after it went on and diverged; the sentence)."""
+    """(test metrics of a good run, of its best checkpoint after it went on and diverged; the sentence, as
+    which the run then goes on)."""
     good = small_run(data, folder, "train.max_epochs=10", "optim.lr=0.01", "table.lr=0.1")
     best = checkpoint.resolve(folder / "checkpoints", "best")
     fast = ("optim.lr=1", "table.lr=10", "train.resume_changed=true")
     with pytest.raises(FloatingPointError) as raised:
         small_run(data, folder, "train.max_epochs=60", *fast)
     assert checkpoint.resolve(folder / "checkpoints", "best") == best
-    return good["test"], evaluate_run(folder, [])["test"], str(raised.value)
+    kept = evaluate_run(folder, [])["test"]
+    told = re.findall(r"train\.\w+=\S+", str(raised.value))
+    assert told[1:] == [f"train.resume={best}", "train.resume_changed=true"]
+    small_run(data, folder, *told, "train.max_epochs=11", "optim.lr=0.005", "table.lr=0.05")
+    return good["test"], kept, str(raised.value)
 
 
 @pytest.mark.fault("R14")
@@ -253,5 +259,5 @@ def test_rates_a_hundred_times_too_high_raise_an_alarm_and_the_best_checkpoint_i
     arguments = tmp_path / "data", tmp_path / "run"
     for good, again, sentence in run_ranks(2, runs_until_it_diverges, *arguments):
         assert sentence.startswith("training diverges: the loss is ")
-        assert "lower optim.lr or table.lr and go on from the best checkpoint" in sentence
+        assert "lower optim.lr or table.lr, or" in sentence
         assert again == good
