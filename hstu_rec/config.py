@@ -54,6 +54,7 @@ BASE_KEY = "base"
 # recurses in C and would end the process.
 MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**20, 32
 MAX_PROBLEMS = 20
+MAX_NAME_BYTES = 200  # of the 255 of a file name, which has the time before it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +187,12 @@ class RunConfig:
             for metric in [*(f"{m}@{k}" for m in ("recall", "ndcg") for k in self.eval.ks), "mrr"]
         ]
         found = []
+        is_plain = self.name.strip() and self.name.isprintable() and "/" not in self.name
+        if not is_plain or self.name.startswith(".") or len(self.name.encode()) > MAX_NAME_BYTES:
+            found.append(
+                "name must be the end of a folder's name: not empty, of at most "
+                f"{MAX_NAME_BYTES} bytes, without / and without a dot at its beginning; got {self.name!r}"
+            )
         if self.train.select not in allowed:
             near = did_you_mean(self.train.select, allowed)
             found.append(
