@@ -29,7 +29,7 @@ from hstu_rec.data.database import MEMORY_LIMIT, database
 from hstu_rec.data.events import count, cut_times, drop_rare, drop_repeats, number, order
 from hstu_rec.data.folder import measure, write_events, write_items, write_stats, write_users
 from hstu_rec.data.sources import PRESETS, PresetName, find_files, stage
-from hstu_rec.durable import sync
+from hstu_rec.durable import make_folder, sync
 from hstu_rec.settings import at_least, within, without_effect
 from hstu_rec.tracking import Stages
 
@@ -275,7 +275,7 @@ def _appearing(output: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside `output` that takes its place if the block succeeds and vanishes if not."""
     folder = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    make_folder(folder, f"OUT {output}")
     try:
         yield folder
         sync(folder)
