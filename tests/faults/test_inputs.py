@@ -60,7 +60,7 @@ def fault_of_id(kind: str, value: Any) -> str:
         return "empty"
     if isinstance(value, float) and not math.isfinite(value):
         return "unreadable"
-    return "unreadable" if kind == "text" and not value.isdigit() else ""
+    return "unreadable" if kind == "text" and not str(value).isdigit() else ""
 
 
 def fault_of(kind: str, user: Any, item: Any, time: Any) -> str:
