@@ -58,6 +58,7 @@ MAX_PROBLEMS = 20
 # Results are given by these parts, each with these metrics.
 PARTS = ("seen_masked", "seen_allowed")
 SELECTED = re.compile(rf"({'|'.join(PARTS)})/(mrr|(recall|ndcg)@([1-9][0-9]*))")
+MAX_NAME_BYTES = 200  # of the 255 of a file name, which has the time before it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +193,12 @@ class RunConfig:
     def problems(self) -> list[str]:
         """Problems between sections."""
         found = []
+        is_plain = self.name.strip() and self.name.isprintable() and "/" not in self.name
+        if not is_plain or self.name.startswith(".") or len(self.name.encode()) > MAX_NAME_BYTES:
+            found.append(
+                "name must be the end of a folder's name: not empty, of at most "
+                f"{MAX_NAME_BYTES} bytes, without / and without a dot at its beginning; got {self.name!r}"
+            )
         if not SELECTED.fullmatch(self.train.select):
             metrics = [f"{part}/{one}" for part in PARTS for one in ("recall@10", "ndcg@10", "mrr")]
             near = did_you_mean(self.train.select, metrics)

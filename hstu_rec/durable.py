@@ -17,6 +17,21 @@ def write_file(path: Path, content: bytes) -> None:
     sync(path.parent, is_deep=False)
 
 
+def make_folder(folder: Path, what: str, *, exist_ok: bool = False) -> None:
+    """Makes `folder` and those above it; `what` names it to the user, who gave it or a folder beside it.
+
+    Raises the OSError that mkdir does, with a sentence.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=exist_ok)
+    except OSError as error:
+        # A FileExistsError of what is no folder, or of a file above, would come again.
+        kind = NotADirectoryError if isinstance(error, FileExistsError) else type(error)
+        where = "" if error.filename == str(folder) else f": {error.filename}"
+        advice = "give a folder where this user may write, on a disk with room"
+        raise kind(f"{what} cannot be made ({error.strerror}{where}); {advice}") from error
+
+
 def sync(folder: Path, *, is_deep: bool = True) -> None:
     """Flushes a folder's entries, which fsync of a file does not, and if `is_deep` its files, to the disk."""
     paths = [*(path for path in folder.iterdir() if is_deep and path.is_file()), folder]

@@ -29,7 +29,7 @@ from hstu_rec.checkpoint.saved_rows import SavedRows
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.item_map import ITEM_MAP, item_map_hash
 from hstu_rec.data.own_ids import ItemIndex, typed_ids
-from hstu_rec.durable import digest_of, sync
+from hstu_rec.durable import digest_of, make_folder, sync
 from hstu_rec.item_table import ROWS_NAME
 from hstu_rec.report import listing, metric_table
 from hstu_rec.serving import ServingModel
@@ -165,7 +165,7 @@ def export(folder: Path, output: Path, about: ExportConfig) -> BundleConfig:
     partial = output.with_name(output.name + ".tmp")
     if partial.exists():  # of an export that was stopped
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    make_folder(partial, f"OUT {output}")
     try:
         # Not save_file, whose files none but the owner may read.
         (partial / bundle.WEIGHTS).write_bytes(save(run.weights))

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from hstu_rec import distributed
+from hstu_rec.durable import make_folder
 from hstu_rec.meeting import is_mistake
 
 T = TypeVar("T")
@@ -100,14 +101,15 @@ def check_alike(what: str, value: dict[str, Any], advice: str) -> None:
 def make_shared(folder: Path, key: str) -> None:
     """Makes `folder`, the value of `key`, and waits until all processes see in it what process 0 writes.
 
-    Collective. Raises RankError on all when one does not within SHOWN_WITHIN_S.
+    Collective. Raises RankError on all when one does not within SHOWN_WITHIN_S or the folder cannot be made,
+    which with one process is an OSError.
     """
     if distributed.world_size() == 1:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, f"{key} {folder}", exist_ok=True)
         return
 
     def write() -> tuple[str, str]:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, f"{key} {folder}", exist_ok=True)
         (folder / name).touch()
         return name, socket.gethostname()
 

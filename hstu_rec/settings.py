@@ -3,7 +3,7 @@
     at_least(config, 1, "dim", "num_layers")  -->  ["dim must be at least 1; got 0"]
     as_typed(int, 1e6)                        -->  1000000
 
-NaN is within no limit.
+NaN is within no limit, and infinity within none.
 """
 
 import difflib
@@ -17,22 +17,27 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def at_least(section: Any, least: float, *names: str) -> list[str]:
-    """A sentence for each of these settings that is below `least`; null is left alone."""
+    """A sentence for each of these settings that is below `least` or infinite; null is left alone."""
     values = {name: getattr(section, name) for name in names}
     return [
-        f"{name} must be at least {least}; got {value}"
+        f"{name} must be {_finite(value)}at least {least}; got {value}"
         for name, value in values.items()
-        if value is not None and not value >= least
+        if value is not None and not least <= value < math.inf
     ]
 
 
 def above(section: Any, bound: float, *names: str) -> list[str]:
-    """A sentence for each of these settings that is not above `bound`."""
+    """A sentence for each of these settings that is not above `bound`, or infinite."""
+    values = {name: getattr(section, name) for name in names}
     return [
-        f"{name} must be above {bound}; got {getattr(section, name)}"
-        for name in names
-        if not getattr(section, name) > bound
+        f"{name} must be {_finite(value)}above {bound}; got {value}"
+        for name, value in values.items()
+        if not bound < value < math.inf
     ]
+
+
+def _finite(value: float) -> str:
+    return "finite and " if value == math.inf else ""
 
 
 def within(section: Any, interval: str, *names: str) -> list[str]:
@@ -90,7 +95,13 @@ def as_typed(hint: Any, value: Any) -> Any:
         return value if of is str else [as_typed(of, one) for one in value]
     if members & {str, bool} and type(value) in {bool, int, float} - members:
         raise ValueError
-    if isinstance(value, float) and not math.isfinite(value):
+    is_text = isinstance(value, str) and value.lower().strip().lstrip("+-") in (
+        "inf",
+        "infinity",
+        "nan",
+    )
+    is_infinite = isinstance(value, float) and not math.isfinite(value)
+    if is_infinite or (is_text and float in members and str not in members):
         raise ValueError("which is not finite")
     if int in members and float not in members and isinstance(value, float) and value.is_integer():
         value = int(value)

@@ -309,6 +309,10 @@ def test_an_export_is_whole_or_not_there(run, tmp_path, monkeypatch):
     taken.mkdir()
     with pytest.raises(ValueError, match="taken is there already; remove it"):
         export.export(run, taken, ExportConfig())
+    (taken / "file").touch()
+    told = r"OUT .*/file/out cannot be made \(Not a directory.*\); give a folder where"
+    with pytest.raises(NotADirectoryError, match=told):
+        export.export(run, taken / "file" / "out", ExportConfig())
 
     def stop(path):
         raise KeyboardInterrupt

@@ -1,6 +1,7 @@
 """Configuration: YAML over typed dataclasses, overrides, and errors that tell everything at once."""
 
 import io
+import math
 import sys
 import tempfile
 from contextlib import redirect_stderr
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hstu_rec.config import RunConfig, help_text, leaves, load, run_app, save
+from hstu_rec.config import OptimConfig, RunConfig, help_text, leaves, load, run_app, save
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -242,10 +243,33 @@ def test_what_selects_must_be_a_metric(select):
         "eval.batch_users=0",
         "encoder.dim=0",
         "loss.temperature=0",
+        "name=",
+        "name=../../x",
+        "name=a/b",
+        "name=.hidden",
+        f"name={'x' * 201}",
     ],
 )
 def test_a_value_out_of_range_names_its_key(setting: str) -> None:
     assert f"\n  {setting.split('=')[0]} " in problems_of(RunConfig, setting)
+
+
+@pytest.mark.parametrize("value", ["inf", ".inf", "-Infinity", "nan", "1e999"])
+@pytest.mark.parametrize(
+    "key",
+    ["optim.lr", "optim.weight_decay", "table.lr", "loss.temperature", "guard.divergence_factor"],
+)
+def test_a_number_that_is_not_finite_is_refused(key: str, value: str) -> None:
+    assert f"{key} must be a number; got " in problems_of(RunConfig, f"{key}={value}")
+    assert "which is not finite" in problems_of(RunConfig, f"{key}={value}")
+
+
+def test_sections_made_in_python_have_no_infinite_numbers() -> None:
+    told = OptimConfig(lr=math.inf, clip_norm=math.inf).problems()
+    assert told == [
+        "lr must be finite and above 0; got inf",
+        "clip_norm must be finite and at least 0; got inf",
+    ]
 
 
 @given(

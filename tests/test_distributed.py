@@ -1,11 +1,13 @@
-"""What processes that this one launches are given."""
+"""What processes that this one launches are given, and what they have in common."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from hstu_rec import distributed
+from hstu_rec import distributed, hosts
+from hstu_rec.meeting import is_mistake
 from hstu_rec.transfer import sent
 
 
@@ -43,3 +45,12 @@ def test_tensors_sent_as_one_are_the_same() -> None:
     for copy, tensor in zip(moved, tensors, strict=True):
         assert copy.dtype == tensor.dtype and copy is not tensor
         assert copy.shape == tensor.shape and torch.equal(copy, tensor)
+
+
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_a_run_folder_that_cannot_be_made_names_its_key(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    told = f"train.run_dir {tmp_path / name} cannot be made .*; give a folder where this user may write"
+    with pytest.raises(NotADirectoryError, match=told) as caught:
+        hosts.make_shared(tmp_path / name, "train.run_dir")
+    assert is_mistake(caught.value)

@@ -31,8 +31,6 @@ from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.prepare import PrepareConfig, prepare, report
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
 SHARED = ROOT.parent / "shared" / "data"
 
 
@@ -70,6 +68,7 @@ def test_statistics_are_those_of_the_rows(tmp_path: Path) -> None:
     assert json.loads((output / "stats.json").read_text()) == stats
     assert (stats["users"], stats["items"], stats["events"]) == (3, 4, 10)
     assert stats["density"] == 10 / 12
+    assert stats["duplicates"] == 0
     assert (stats["length"]["min"], stats["length"]["median"], stats["length"]["max"]) == (3, 3, 4)
     assert (stats["first_timestamp"], stats["last_timestamp"]) == (START, START + 11 * DAY)
     printed = report(stats)
@@ -93,6 +92,24 @@ def test_drop_repeats_keeps_the_first_event_on_an_item(tmp_path: Path) -> None:
     stats, found = prepared(parquet(tmp_path, table(rows)), tmp_path, drop_repeats=True)
     assert found == {"u": ["a", "b", "c"]}
     assert stats["dropped"] == {"repeated item": 3}
+
+
+@pytest.mark.parametrize("ticks", [1, 1000])
+def test_rows_written_twice_are_counted_and_left_out_on_request(tmp_path: Path, ticks: int) -> None:
+    random = np.random.default_rng(5)
+    drawn = random.integers((0, 0, 0), (9, 6, 8 * ticks), (200, 3)).tolist()
+    rows = [(f"u{u}", f"i{i}", START * ticks + t, 0) for u, i, t in drawn]
+    rows += [rows[place] for place in random.permutation(200)]
+    first = {}  # by time, then as the rows lie
+    for row in sorted(rows, key=lambda row: row[2]):
+        first.setdefault((*row[:2], row[2] // ticks), row)
+    kept = {user: [r[1] for r in first.values() if r[0] == user] for user, *_ in rows}
+    stats, _ = prepared(source := parquet(tmp_path, table(rows)), tmp_path)
+    assert stats["duplicates"] == 400 - len(first) >= 200
+    assert f"\nrepeated {400 - len(first)} rows" in report(stats)
+    stats, found = prepared(source, tmp_path, drop_duplicates=True)
+    assert found == kept and "repeated" not in report(stats)
+    assert stats["dropped"] == {"duplicate row": 400 - len(first)}
 
 
 def test_minimum_events_of_items_is_applied_before_that_of_users(tmp_path: Path) -> None:
@@ -198,6 +215,7 @@ def test_split_without_test_targets_is_refused(tmp_path: Path) -> None:
         ({"kcore": -1}, "kcore must be at least 0; got -1"),
         ({"min_user_events": 0}, "min_user_events must be at least 1; got 0"),
         ({"min_item_events": 0}, "min_item_events must be at least 1; got 0"),
+        ({"drop_repeats": True, "drop_duplicates": True}, "drop_duplicates has no effect beside"),
         ({"rating_column": "stars"}, "rating_column has no effect without min_rating"),
         ({"valid_fraction": 0.6, "test_fraction": 0.5}, "must leave events to train on"),
         ({"test_fraction": 0.0}, "test_fraction must be in (0, 1); got 0.0"),

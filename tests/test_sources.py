@@ -193,3 +193,14 @@ def test_sources_that_are_not_there_or_of_unknown_kind_are_refused(tmp_path: Pat
     text(tmp_path, as_csv(), "e.csv")
     text(tmp_path, as_json(), "e.json")
     assert "holds csv and json files" in refusal(tmp_path, tmp_path)
+
+
+def test_a_first_line_that_is_an_event_is_told(tmp_path: Path) -> None:
+    told = refusal(text(tmp_path, as_csv().split("\n", 1)[1]), tmp_path)
+    assert (
+        "column 'user_id' is missing; the file has 'u2', 'pear', '1300432000', '0'; the first"
+        in told
+    )
+    assert "write a line such as user_id,item_id,timestamp before it" in told
+    told = refusal(text(tmp_path, "user,item,2\n1,2,3\n"), tmp_path, user_column="user")
+    assert told.endswith("set item_column=NAME")

@@ -21,7 +21,7 @@ def test_batches_of_any_size_count_what_a_loop_over_users_counts(rows: int) -> N
         tally.add(*(values[at : at + rows] for values in (items, times // 2, times)))
         for at in range(0, num_events, rows)
     ]
-    counts, train_counts, tied, tied_last_two = Counter(), Counter(), 0, 0
+    counts, train_counts, tied, tied_last_two, duplicates = Counter(), Counter(), 0, 0, 0
     ends = np.cumsum(lengths)
     for end, length, train_end in zip(ends, lengths, train_ends, strict=True):
         own, when = items[end - length : end].tolist(), times[end - length : end].tolist()
@@ -29,10 +29,14 @@ def test_batches_of_any_size_count_what_a_loop_over_users_counts(rows: int) -> N
         train_counts.update(own[:train_end])
         tied += sum(n for n in Counter(when).values() if n >= 2)
         tied_last_two += when[-2:-1] == when[-1:]
+        duplicates += length - len(
+            {(item, time // 2) for item, time in zip(own, when, strict=True)}
+        )
     assert np.flatnonzero(np.concatenate(firsts)).tolist() == (ends - lengths).tolist()
     assert tally.counts.tolist() == [counts[item] for item in range(15)]
     assert tally.train_counts.tolist() == [train_counts[item] for item in range(15)]
     assert (tally.num_tied, tally.num_tied_last_two) == (tied, tied_last_two)
+    assert tally.num_duplicates == duplicates > 0
     assert (tally.first_timestamp, tally.last_timestamp) == (times.min() // 2, times.max() // 2)
     assert tally.num_events == num_events
 

@@ -167,6 +167,15 @@ def _profile(
     )
 
 
+def _first_place(connection: duckdb.DuckDBPyConnection, staged: Staged, test: str) -> int:
+    """The row, from 1 and within its file, of the first staged row for which `test` holds."""
+    file = f"(SELECT min(file) FROM staged WHERE {test})"
+    return scalar(
+        connection,
+        f"SELECT min(rowid) FILTER ({test}) - min(rowid) + 1 FROM staged WHERE file = {file}",
+    )
+
+
 def _first_file(connection: duckdb.DuckDBPyConnection, staged: Staged, test: str) -> Path:
     """The first file with a staged row for which `test` holds."""
     return staged.files[scalar(connection, f"SELECT min(file) FROM staged WHERE {test}")]
@@ -220,16 +229,18 @@ def _whole_floats(
     if count:
         raise ValueError(
             f"{_first_file(connection, staged, inexact)}: column {name!r} ({role}_column) is float "
-            f"and {count:,} values are fractions or too large to be exact, such as "
-            f"{_examples(connection, value, inexact)}; {advice}"
+            f"and {count:,} values are fractions or too large to be exact, first in row "
+            f"{_first_place(connection, staged, inexact):,} of this file, such as "
+            f"{_examples(connection, value, inexact)}; {advice} (bad_rows=drop leaves none of these out)"
         )
     is_null = f"({finite}) IS NULL"
     num_null = scalar(connection, f"SELECT count(*) FROM staged WHERE {is_null}")
     if num_null and bad_rows == "raise":
         raise ValueError(
             f"{_first_file(connection, staged, is_null)}: column {name!r} ({role}_column) is float "
-            f"because of {num_null:,} nulls, NaN or infinities; {advice}, or leave those rows out with "
-            "bad_rows=drop"
+            f"because of {num_null:,} nulls, NaN or infinities, first in row "
+            f"{_first_place(connection, staged, is_null):,} of this file; {advice}, or leave those rows "
+            "out with bad_rows=drop"
         )
     return _Column(value=f"CAST({finite} AS BIGINT)", kind="BIGINT")
 
@@ -319,13 +330,16 @@ def _bad(staged: Staged, typed: dict[str, _Column], asked: TimeUnit) -> list[_Ba
         tests.append(_Bad("nothing readable", "time", nothing))
     for role, column in typed.items():
         name = staged.columns[role].replace("'", "''")
-        is_null = f"raw_{role} IS NULL"
-        if staged.types[role] in ("TEXT", "JSON", "VARCHAR"):
-            is_null += f" OR trim(raw_{role}) IN ('', '\"\"')"
+        is_null, is_empty = f"raw_{role} IS NULL", f"trim(raw_{role}) IN ('', '\"\"')"
         is_unreadable = f"{role} IS NULL"
         if column.kind == "DOUBLE":
             is_unreadable += f" OR NOT isfinite({role})"
-        tests.append(_Bad(f"null {name}", role, is_null))
+        if staged.types[role] == "TEXT":  # which has no nulls: an empty field is staged as one
+            tests.append(_Bad(f"empty {name}", role, f"{is_null} OR {is_empty}"))
+        else:
+            tests.append(_Bad(f"null {name}", role, is_null))
+        if staged.types[role] in ("JSON", "VARCHAR"):
+            tests.append(_Bad(f"empty {name}", role, is_empty))
         tests.append(_Bad(f"unreadable {name}", role, is_unreadable))
     name = staged.columns["time"].replace("'", "''")
     tests.append(_Bad(f"negative {name}", "time", "time < 0"))

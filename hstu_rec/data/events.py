@@ -40,12 +40,13 @@ def number(connection: duckdb.DuckDBPyConnection, cleaned: Cleaned) -> tuple[int
     return num_users, num_items
 
 
-def drop_repeats(connection: duckdb.DuckDBPyConnection, has_tie: bool) -> int:
-    """Keeps a user's first event on an item; the number of events dropped."""
-    by = "time, tie, seq" if has_tie else "time, seq"
-    return _keep(
-        connection, f"QUALIFY row_number() OVER (PARTITION BY user, item ORDER BY {by}) = 1"
-    )
+def drop_repeats(
+    connection: duckdb.DuckDBPyConnection, cleaned: Cleaned, *, of_one_second: bool = False
+) -> int:
+    """Keeps a user's first event on an item, or on an item in a second; the number of events dropped."""
+    same = f"user, item, {cleaned.seconds}" if of_one_second else "user, item"
+    by = "time, tie, seq" if cleaned.has_tie else "time, seq"
+    return _keep(connection, f"QUALIFY row_number() OVER (PARTITION BY {same} ORDER BY {by}) = 1")
 
 
 def drop_rare(connection: duckdb.DuckDBPyConnection, roles: Sequence[str], least: int) -> int:

@@ -98,7 +98,7 @@ def _rechunked(reader: pa.RecordBatchReader, rows: int) -> Iterator[pa.RecordBat
 
 
 def measure(connection: duckdb.DuckDBPyConnection, tally: Tally) -> dict[str, Any]:
-    """Counts, lengths, density, ties, the range of times and the hash of the item map."""
+    """Counts, lengths, density, ties, duplicates, the range of times and the hash of the item map."""
     marks = ", ".join(f"quantile_disc(length, {share})" for share in QUANTILES.values())
     num_users, valid_targets, test_targets, *lengths = row(
         connection,
@@ -115,6 +115,7 @@ def measure(connection: duckdb.DuckDBPyConnection, tally: Tally) -> dict[str, An
         "density": num_events / (num_users * num_items),
         "tie_share": tally.num_tied / num_events,
         "tie_last_two_share": tally.num_tied_last_two / num_users,
+        "duplicates": tally.num_duplicates,
         "first_timestamp": tally.first_timestamp,
         "last_timestamp": tally.last_timestamp,
         "valid_targets": valid_targets,

@@ -29,7 +29,7 @@ from hstu_rec.data.database import MEMORY_LIMIT, database
 from hstu_rec.data.events import count, cut_times, drop_rare, drop_repeats, number, order
 from hstu_rec.data.folder import measure, write_events, write_items, write_stats, write_users
 from hstu_rec.data.sources import PRESETS, PresetName, find_files, stage
-from hstu_rec.durable import sync
+from hstu_rec.durable import make_folder, sync
 from hstu_rec.settings import at_least, within, without_effect
 from hstu_rec.tracking import Stages
 
@@ -56,8 +56,10 @@ class PrepareConfig:
     """Nulls, negative or unreadable times, malformed lines: an error, or dropped with counts."""
     min_rating: float | None = None
     """Events rated lower are left out."""
+    drop_duplicates: bool = False
+    """Keeps one of the rows of the same user, item and second."""
     drop_repeats: bool = False
-    """Keeps only a user's first event on an item."""
+    """Keeps only a user's first event on an item, whenever the others are."""
     min_item_events: int = 1
     """Items with fewer events are left out, before users are counted."""
     min_user_events: int = 3
@@ -83,6 +85,8 @@ class PrepareConfig:
         """Sentences about values that cannot work."""
         found = at_least(self, 1, "min_item_events", "min_user_events") + at_least(self, 0, "kcore")
         found += within(self, "(-inf, inf)", "min_rating") if self.min_rating is not None else []
+        if self.drop_repeats:
+            found += without_effect(self, "beside drop_repeats", "drop_duplicates")
         names = list(self.columns().values())
         if len(set(names)) < len(names):
             found.append(f"user_column, item_column, ... must differ; got {', '.join(names)}")
@@ -216,6 +220,8 @@ def report(stats: dict[str, Any]) -> str:
     )
     split = " ".join(f"{value}" for value in stats["split"].values())
     rate = stats["rows_read"] / max(stats["prepare_s"], 1e-3)
+    advice = " (drop_duplicates=true leaves them out)" if "config" in stats else ""
+    repeated = f"repeated {stats['duplicates']:,} rows are the same user, item and second as another{advice}"
     return "\n".join(
         (
             f"users    {stats['users']:,}{of['users']}",
@@ -226,6 +232,7 @@ def report(stats: dict[str, Any]) -> str:
             f"time     {first} to {last} (UTC), read in {stats['time_unit']}",
             f"ties     {stats['tie_share']:.1%} of events, the last two events of "
             f"{stats['tie_last_two_share']:.1%} of users",
+            *([repeated] if stats["duplicates"] else []),
             f"dropped  {dropped}",
             f"split    {split}: {stats['valid_targets']:,} validation and "
             f"{stats['test_targets']:,} test targets",
@@ -268,7 +275,7 @@ def _appearing(output: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside `output` that takes its place if the block succeeds and vanishes if not."""
     folder = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    make_folder(folder, f"OUT {output}")
     try:
         yield folder
         sync(folder)
@@ -301,8 +308,10 @@ def _filter(
 ) -> dict[str, int]:
     """Leaves out events by the options; the rows dropped by each."""
     dropped: dict[str, int] = {}
+    if config.drop_duplicates:
+        dropped["duplicate row"] = drop_repeats(connection, cleaned, of_one_second=True)
     if config.drop_repeats:
-        dropped["repeated item"] = drop_repeats(connection, cleaned.has_tie)
+        dropped["repeated item"] = drop_repeats(connection, cleaned)
     for role, least in (("item", config.min_item_events), ("user", config.min_user_events)):
         if least > 1:
             dropped[f"{role} with fewer than {least} events"] = drop_rare(connection, [role], least)

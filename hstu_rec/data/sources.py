@@ -355,9 +355,18 @@ def _require(path: Path, columns: dict[str, str], present: list[str]) -> None:
         lowered = {known.lower(): known for known in present}
         near = get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
         hint = f"; nearest: {lowered[near[0]]!r}" if near else ""
+        has_value = any(re.fullmatch(r"-?[0-9]+(\.[0-9]*)?", one) for one in present)
+        is_event = SUFFIXES[_suffix(path)] == "csv" and has_value
+        advice = f"set {role}_column=NAME"
+        if is_event and not set(columns.values()) & set(present):
+            names = ",".join(columns.values())
+            advice = (
+                "the first line seems to be an event, where the names of the columns are wanted: write a "
+                f"line such as {names} before it"
+            )
         raise ValueError(
             f"{path}: column {name!r} is missing{hint}; the file has "
-            f"{', '.join(map(repr, present[:20]))}; set {role}_column=NAME"
+            f"{', '.join(map(repr, present[:20]))}; {advice}"
         )
 
 

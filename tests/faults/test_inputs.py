@@ -53,12 +53,14 @@ ARROW = {"integers": pa.int64(), "floats": pa.float64(), "strings": pa.string()}
 
 
 def fault_of_id(kind: str, value: Any) -> str:
-    """'null', 'unreadable' or nothing, by plain Python."""
-    if value is None or (isinstance(value, str) and not value.strip()):
+    """'null', 'empty', 'unreadable' or nothing, by plain Python."""
+    if value is None:
         return "null"
+    if isinstance(value, str) and not value.strip():
+        return "empty"
     if isinstance(value, float) and not math.isfinite(value):
         return "unreadable"
-    return "unreadable" if kind == "text" and not value.isdigit() else ""
+    return "unreadable" if kind == "text" and not str(value).isdigit() else ""
 
 
 def fault_of(kind: str, user: Any, item: Any, time: Any) -> str:
@@ -66,8 +68,10 @@ def fault_of(kind: str, user: Any, item: Any, time: Any) -> str:
     for name, value in (("user_id", user), ("item_id", item)):
         if why := fault_of_id(kind, value):
             return f"{why} {name}"
-    if time is None or (isinstance(time, str) and not time.strip()):
+    if time is None:
         return "null timestamp"
+    if isinstance(time, str) and not time.strip():
+        return "empty timestamp"
     try:
         number = float(time)
     except ValueError:
@@ -145,7 +149,19 @@ def test_a_refusal_tells_the_count_the_place_and_five_of_the_values(tmp_path: Pa
     told = refusal(source, tmp_path)
     assert "7 rows with null user_id, first in row 11 of this file (11, 12, 13, 14, 15)" in told
     halves = parquet(tmp_path, table(item_id=[n + 0.5 for n in range(10)]))
-    assert "exact, such as 0.5, 1.5, 2.5, 3.5, 4.5; write the ids" in refusal(halves, tmp_path)
+    told = refusal(halves, tmp_path)
+    assert (
+        "exact, first in row 1 of this file, such as 0.5, 1.5, 2.5, 3.5, 4.5; write the ids" in told
+    )
+    assert "bad_rows=drop leaves none of these out" in told
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    whole = [float(n) for n in range(10)]
+    parquet(folder, table(item_id=whole), "a.parquet")
+    for value in (1.5, math.nan):
+        second = parquet(folder, table(item_id=[*whole[:6], value, *whole[:3]]), "b.parquet")
+        told = refusal(folder, tmp_path)
+        assert told.startswith(f"{second}: ") and "first in row 7 of this file" in told
 
 
 @pytest.mark.fault("R16")

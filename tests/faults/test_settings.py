@@ -61,7 +61,8 @@ def test_python_objects_are_never_made(tmp_path: Path, content: str) -> None:
     assert f"{path}: " in told(RunConfig, path)
     value = content.split(": ", 1)[-1].strip()
     assert "eval.ks=" in told(RunConfig, f"eval.ks={value}")
-    assert load(RunConfig, [f"name={value}"]).name == value  # a name is text
+    # A folder is text.
+    assert load(RunConfig, [f"train.run_dir={value}"]).train.run_dir == value
     assert not canary.exists()
 
 
