@@ -218,7 +218,7 @@ def test_training_on_the_demo_has_no_bad_losses(rates):
     ("settings", "sentence"),
     [
         (["guard.divergence_factor=0.5"], "guard.divergence_factor must be above 1, or 0"),
-        (["guard.divergence_factor=nan"], "guard.divergence_factor must be above 1, or 0"),
+        (["guard.divergence_factor=nan"], "guard.divergence_factor must be a number; got nan"),
         (["guard.max_skipped_steps=0", "guard.on_nonfinite=skip"], "must be at least 1; got 0"),
         (["guard.max_skipped_steps=3"], "no effect with on_nonfinite 'raise'"),
         (
