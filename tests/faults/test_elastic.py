@@ -72,7 +72,12 @@ def has_recovered(
                 continue
             code = one.wait()
             assert "SIGKILL" in one.told() or "exitcode: -9" in one.told()
-            return code == 0 and figures(run) == figures(undisturbed)
+            is_held = code == 0 and figures(run) == figures(undisturbed)
+            if not is_held:
+                print(f"exit code {code}, {run}", one.told(), sep="\n")
+                if code == 0:
+                    print(figures(run), figures(undisturbed), sep="\n")
+            return is_held
     raise AssertionError("the run was always over before a process was killed")
 
 

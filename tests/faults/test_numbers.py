@@ -33,6 +33,7 @@ SETTINGS = {
         "encoder.attention=softmax",
         "train.recompute=true",
         "loss.negatives=all",
+        "loss.num_negatives=1024",  # none is drawn
     ],
     "no clipping, weight decay, queries travel": [
         "optim.clip_norm=0",

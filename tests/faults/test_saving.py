@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hstu_rec import checkpoint
+from hstu_rec.durable import write_file
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ def save_for_ever(root, seed):
             (root / f"begun_{step}").touch()
             if random.Random(seed + step).random() < 0.5:
                 saver.wait()
-                (root / "durable").write_text(str(step))
+                write_file(root / "durable", str(step).encode())  # a kill leaves it whole
 
 
 @pytest.mark.fault("R5")
@@ -87,6 +88,7 @@ import sys
 from pathlib import Path
 import torch
 from hstu_rec import checkpoint
+from hstu_rec.durable import write_file
 root = Path(sys.argv[1]) / "checkpoints"
 state = {"table": torch.ones(20_000, 64)}  # 5 MB: two fit, three do not
 for in_background in (True, False):
