@@ -209,7 +209,8 @@ class Recommender:
     ) -> dict[str, Any]:
         """{"num_users", "seen_masked": {"recall@10", ...}, "seen_allowed"}: how well the last event of every
         user of `events` (a table or path, as for `recommend`) is told from those before it. Without events
-        what was measured on the test events when the model was trained, at the cut-offs of then and without `num_users`.
+        what was measured on the test events when the model was trained, at the cut-offs of then, without
+        `num_users`.
         """
         if events is None:
             test = self.model.config.about["metrics"]["test"]

@@ -94,7 +94,21 @@ class ServingModel:
         _check_k(k)
         chosen = self._chosen(candidates, on_unknown)
         histories = read_histories(events, self.items, on_unknown)
-        times = self._query_times(histories, at)
+        return self.recommend_to(
+            histories, self._query_times(histories, at), k, filter_seen, chosen
+        )
+
+    def recommend_to(
+        self,
+        histories: Histories,
+        times: np.ndarray,
+        k: int,
+        filter_seen: bool = True,
+        chosen: "Candidates | None" = None,
+    ) -> pa.Table:
+        """`recommend` for histories of rows of this model, at `times` int64 [B] in s (of no effect unless
+        `uses_query_time`)."""
+        chosen = chosen or Candidates(np.arange(len(self.items)), self._catalogue)
         width = (min(k, len(chosen.rows)) + NUM_SPARE) * self.config.encoder.dim
         batch_users = min(max(MAX_NUMBERS // width, 1), BATCH_USERS)
         num_users = len(histories.user_ids)
@@ -211,9 +225,9 @@ class ServingModel:
 
     def _chosen(
         self, candidates: Sequence[Any] | pa.Array | None, on_unknown: OnUnknown
-    ) -> "_Candidates":
+    ) -> "Candidates | None":
         if candidates is None:
-            return _Candidates(np.arange(len(self.items)), self._catalogue)
+            return None
         rows = np.unique(rows_of(candidates, self.items, "candidates", on_unknown))
         if not len(rows):
             raise ValueError(
@@ -222,7 +236,7 @@ class ServingModel:
         shard = ItemShard(
             self._rows[torch.from_numpy(rows)], 0, len(rows), self._model.loss.item_vectors
         )
-        return _Candidates(rows, Catalogue.of(shard))
+        return Candidates(rows, Catalogue.of(shard))
 
     def _query_times(self, histories: Histories, at: int | Mapping[Any, int] | None) -> np.ndarray:
         """int64 [B] s for which each user's recommendations are made."""
@@ -256,7 +270,7 @@ class ServingModel:
         users: slice,
         k: int,
         filter_seen: bool,
-        chosen: "_Candidates",
+        chosen: "Candidates",
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(user, row, score) of the best items of some users, [n] each."""
         whole = histories.offsets[users.start : users.stop + 1]
@@ -287,7 +301,7 @@ class ServingModel:
 
 
 @dataclass(frozen=True)
-class _Candidates:
+class Candidates:
     """The items that may be recommended."""
 
     rows: np.ndarray

@@ -17,6 +17,7 @@ LAYERS = [
     {"starts"},
     {"training"},
     {"results"},
+    {"recommending"},
     {"runs", "warm_start", "planning", "resuming", "export"},
     {"learner"},
     {"pipeline"},
