@@ -124,7 +124,7 @@ class Recommender:
         user_column: str = "user_id",
         item_column: str = "item_id",
         time_column: str = "timestamp",
-        run_dir: str | Path | None = None,
+        folder: str | Path | None = None,
         prepare_settings: Mapping[str, Any] | None = None,
     ) -> "Recommender":
         """Learns from `events` and returns itself. Collective.
@@ -137,9 +137,9 @@ class Recommender:
                 glob of files (parquet, csv, json lines). Ids are integers or strings. In a job of several
                 processes those of process 0 count.
             user_column, item_column, time_column: what the columns are called, here and in answers.
-            run_dir: folder to keep: the run with its report and checkpoints, and in `data` the events as
-                prepared. A fit that was stopped goes on when it is called again with the same. Without it
-                everything is removed with this object; several hosts need one that all of them see.
+            folder: to keep the events as prepared (`data`), and the run, its report and checkpoints (`run`).
+                A fit that was stopped goes on when it is called again with the same. Without it everything
+                is removed with this object; several hosts need one that all of them see.
             prepare_settings: other settings of `apps/prepare.py`, such as {"min_item_events": 5} or
                 {"time_unit": "ms"}.
 
@@ -147,12 +147,12 @@ class Recommender:
         """
         columns = _columns(user_column, item_column, time_column)
         with distributed.process_group(self._config().train.device):
-            run = hosts.on_main(lambda: self._folder_of(run_dir))
-            data = run / "data"
+            root = hosts.on_main(lambda: self._folder_of(folder))
+            data, run = root / "data", root / "run"
             hosts.on_main(lambda: _prepare(events, data, columns, prepare_settings or {}))
             config = self._config(data, run)
             self.result: dict[str, Any] = train(config)
-            hosts.together(lambda: self._take(serve_run(run), columns, Dataset(data)))
+            hosts.together(lambda: self._take(_served(run), columns, Dataset(data)))
         self._source, self._kind = run, kind_of_table(events)
         return self
 
@@ -260,10 +260,11 @@ class Recommender:
 
     def _take(self, model: ServingModel, columns: Columns, dataset: Dataset | None) -> None:
         self._model, self.columns, self._dataset = model, columns, dataset
+        self._users = None
 
-    def _folder_of(self, run_dir: str | Path | None) -> Path:
-        if run_dir is not None:
-            return Path(run_dir)
+    def _folder_of(self, folder: str | Path | None) -> Path:
+        if folder is not None:
+            return Path(folder)
         self._kept = tempfile.TemporaryDirectory(prefix="hstu_rec-")
         return Path(self._kept.name)
 
@@ -345,10 +346,16 @@ def _prepare(events: Any, data: Path, columns: Columns, settings: Mapping[str, A
         prepare(config, Path(folder) / "events.parquet", data)
 
 
+def _served(run: Path) -> ServingModel:
+    with distributed.alone():
+        return serve_run(run)
+
+
 def _save(source: Path, folder: Path, about: ExportConfig) -> None:
-    """A run as a bundle, or a bundle again."""
+    """A run as a bundle, or a bundle again; by one process of a group."""
     if (source / "config.yaml").is_file():
-        export(source, folder, about)
+        with distributed.alone():
+            export(source, folder, about)
         return
     if folder.exists():
         raise ValueError(f"{folder} is there already; remove it, or give another folder")

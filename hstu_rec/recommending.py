@@ -131,13 +131,15 @@ def recommend_all(
 
 
 def _model_of(folder: Path) -> ServingModel:
-    return serve_run(folder) if (folder / "config.yaml").is_file() else load_bundle(folder)
+    with distributed.alone():
+        return serve_run(folder) if (folder / "config.yaml").is_file() else load_bundle(folder)
 
 
 def _identity(folder: Path) -> str:
     """What changes with the model's weights or items."""
     if (folder / "config.yaml").is_file():
-        best = checkpoint.resolve(folder / "checkpoints", "best")
+        with distributed.alone():
+            best = checkpoint.resolve(folder / "checkpoints", "best")
         return digest_of(best / "manifest.json")["sha256"]
     return digest_of(folder / CONFIG)["sha256"]
 
@@ -151,7 +153,7 @@ def _prepared(source: Path, folder: Path, config: RecommendConfig) -> None:
     names = {
         f"{role}_column": getattr(config, f"{role}_column") for role in ("user", "item", "time")
     }
-    prepare(PrepareConfig(**names, min_user_events=1, overwrite=True), source, folder)
+    prepare(PrepareConfig(**names, split="none", min_user_events=1, overwrite=True), source, folder)
 
 
 def _asked(model: ServingModel, data: Path, config: RecommendConfig) -> Asked:

@@ -5,6 +5,7 @@ What is asked of one kind is answered in the same kind. Neither pandas nor polar
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,25 +59,41 @@ def arrow_of(table: Any) -> pa.Table:
 
     Raises ValueError for what is none of them, and for columns of values of several types.
     """
+    is_table = isinstance(table, Mapping | pa.Table | pa.RecordBatch) or hasattr(
+        table, "__arrow_c_stream__"
+    )
+    if not is_table and kind_of_table(table) == "arrow":
+        raise ValueError(
+            "events must be a DataFrame of pandas or polars, an Arrow table, columns by name, or a path of "
+            f"files; got {type(table).__name__}"
+        )
     try:
-        if isinstance(table, pa.Table):
-            return table
-        if kind_of_table(table) == "pandas":
-            return pa.Table.from_pandas(table, preserve_index=False)
-        if hasattr(table, "__arrow_c_stream__"):
-            return pa.table(table)
-        if isinstance(table, Mapping):
-            return pa.table(dict(table))
-        if isinstance(table, pa.RecordBatch):
-            return pa.Table.from_batches([table])
+        return _plain(_arrow_of(table))
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"the table cannot be read: {error}; give columns of equal length, each of one type"
         ) from error
-    raise ValueError(
-        f"events must be a DataFrame of pandas or polars, an Arrow table, columns by name, or a path of "
-        f"files; got {type(table).__name__}"
-    )
+
+
+def _arrow_of(table: Any) -> pa.Table:
+    if kind_of_table(table) == "pandas":
+        return pa.Table.from_pandas(table, preserve_index=False)
+    if isinstance(table, pa.Table):
+        return table
+    if hasattr(table, "__arrow_c_stream__"):
+        return pa.table(table)
+    if isinstance(table, pa.RecordBatch):
+        return pa.Table.from_batches([table])
+    return pa.table(dict(table))
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """With text as Arrow has had it before string_view, which polars gives."""
+    fields = [
+        pa.field(one.name, pa.large_string()) if pa.types.is_string_view(one.type) else one
+        for one in table.schema
+    ]
+    return table.cast(pa.schema(fields))
 
 
 def as_kind(answer: pa.Table, kind: TableKind) -> Any:
@@ -96,9 +113,7 @@ def read_parquet(source: str | Path, columns: list[str]) -> pa.Table:
     Raises FileNotFoundError when there is none, ValueError for one that is no parquet or lacks a column.
     """
     path = Path(source)
-    files = parts(path) if path.exists() else sorted(Path().glob(str(source)))
-    if path.is_absolute() and not path.exists():
-        files = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+    files = parts(path) if path.exists() else sorted(map(Path, glob(str(source), recursive=True)))
     if not files:
         raise FileNotFoundError(f"there is no parquet file at {source}")
     tables = []
