@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from hstu_rec.encoder import EncoderConfig, HSTUEncoder
     from hstu_rec.hstu import HSTU
     from hstu_rec.ops import jagged_attention
+    from hstu_rec.recommender import Recommender
     from hstu_rec.serving import ServingModel, load_bundle
     from hstu_rec.trainer import evaluate_run, train
 
@@ -19,6 +20,7 @@ __all__ = [
     "HSTU",
     "EncoderConfig",
     "HSTUEncoder",
+    "Recommender",
     "RunConfig",
     "ServingModel",
     "evaluate_run",
@@ -31,6 +33,7 @@ _MODULE_OF = {
     "HSTU": "hstu",
     "EncoderConfig": "encoder",
     "HSTUEncoder": "encoder",
+    "Recommender": "recommender",
     "RunConfig": "config",
     "ServingModel": "serving",
     "evaluate_run": "trainer",

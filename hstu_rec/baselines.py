@@ -16,7 +16,7 @@ import torch
 
 from hstu_rec.co_occurrence import WINDOW, Pairs, count_pairs
 from hstu_rec.data.stream import EvalBatch, Sequences, Split, eval_batches
-from hstu_rec.evaluator import rank_metrics
+from hstu_rec.metrics import rank_metrics
 
 BATCH_USERS = 1024
 

@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hstu_rec import distributed
-from hstu_rec.data.own_ids import ItemIndex, hash_items, typed_ids
+from hstu_rec.data.own_ids import IdIndex, hash_items, typed_ids
 from hstu_rec.distributed import Precision
 from hstu_rec.durable import digest_of
 from hstu_rec.encoder import HSTUEncoder
@@ -125,7 +125,7 @@ def model_of(encoder: EncoderConfig, scoring: Scoring, rows: Tensor) -> NextItem
     return NextItemModel(Rows(rows), *dense, distributed.product_dtype(scoring.precision))
 
 
-def read_bundle(path: str | Path) -> tuple[BundleConfig, NextItemModel, ItemIndex]:
+def read_bundle(path: str | Path) -> tuple[BundleConfig, NextItemModel, IdIndex]:
     """A bundle's model, in evaluation mode, and the own ids of its items.
 
     The item vectors are mapped into memory, not copied. Every file is read once to be checked. Raises
@@ -320,7 +320,7 @@ def _tensors(path: Path, wanted: dict[str, list[int]]) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in wanted}
 
 
-def _item_index(path: Path, config: BundleConfig) -> ItemIndex:
+def _item_index(path: Path, config: BundleConfig) -> IdIndex:
     """The own ids of the items, in the order of the rows."""
     try:
         with pq.ParquetFile(path) as file:
@@ -335,7 +335,7 @@ def _item_index(path: Path, config: BundleConfig) -> ItemIndex:
             raise ValueError("index holds no whole numbers, or nulls")
         if not np.array_equal(places.to_numpy(), np.arange(num_rows)):
             raise ValueError(f"index is not 0, 1, .. {num_rows - 1}")
-        index = ItemIndex(typed_ids(table.column("item_id")))
+        index = IdIndex(typed_ids(table.column("item_id")))
         found = hash_items([index.ids])
         if found != config.item_map_hash:
             raise ValueError(

@@ -74,6 +74,7 @@ def start(device: DeviceChoice = "auto") -> torch.device:
     return chosen
 
 
+_is_alone = False
 # Of this process's group, when a launcher started it.
 _meeting: Meeting | None = None
 
@@ -197,14 +198,30 @@ def process_group(device: DeviceChoice = "auto") -> Iterator[torch.device]:
             stop()
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it this process takes itself for the only one, so that what else is collective is not."""
+    global _is_alone
+    before, _is_alone = _is_alone, True
+    try:
+        yield
+    finally:
+        _is_alone = before
+
+
+def has_group() -> bool:
+    """Whether there is a process group, and it counts here (see `alone`)."""
+    return dist.is_initialized() and not _is_alone
+
+
 def rank() -> int:
     """This process's number among all, 0 when there is no process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if has_group() else 0
 
 
 def world_size() -> int:
     """The number of processes, 1 when there is no process group."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if has_group() else 1
 
 
 def local_world_size() -> int:

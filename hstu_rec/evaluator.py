@@ -1,6 +1,5 @@
 """Recall, NDCG and MRR of the sharded model over the users of a split, a batch of queries at a time."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from hstu_rec import distributed, tracking
 from hstu_rec.data.stream import EvalBatch, Sequences, Split, eval_batches, eval_users
 from hstu_rec.item_table import local_shards
+from hstu_rec.metrics import cut_off_problems, rank_metrics
 from hstu_rec.model import NextItemModel
 from hstu_rec.portions import Portion, agreed
 from hstu_rec.ranking import LEAST_CHUNK_ITEMS, Queries, rank_targets
@@ -41,29 +41,7 @@ class EvalConfig:
         """What is wrong with these values, a sentence each."""
         found = at_least(self, 1, "batch_users", "chunk_items")
         found += at_least(self, 0, "min_train_count")
-        if not self.ks or min(self.ks) < 1 or len(set(self.ks)) != len(self.ks):
-            found.append(f"ks must be distinct numbers of at least 1; got {list(self.ks)}")
-        return found
-
-
-def rank_metrics(ranks: Tensor, ks: Sequence[int]) -> dict[str, float]:
-    """Recall@k, NDCG@k and MRR of all ranks' int64 `ranks` (0 is best), one target a query. Collective.
-
-    The same to the last bit for any division of the queries over processes and threads: integers are
-    gathered, and `fsum` does not depend on order. Raises ValueError when no rank has a query.
-    """
-    values, counts = distributed.all_gather_rows(ranks).unique(return_counts=True)
-    tally = list(zip(values.tolist(), counts.tolist(), strict=True))
-    total = sum(count for _, count in tally)
-    if not total:
-        raise ValueError("metrics of no query at all; give at least one user with a target")
-    result = {}
-    for k in sorted(ks):
-        hits = [(rank, count) for rank, count in tally if rank < k]
-        result[f"recall@{k}"] = sum(count for _, count in hits) / total
-        result[f"ndcg@{k}"] = math.fsum(n / math.log2(rank + 2) for rank, n in hits) / total
-    result["mrr"] = math.fsum(count / (rank + 1) for rank, count in tally) / total
-    return result
+        return found + cut_off_problems(self.ks)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from hstu_rec.bundle import BundleConfig, Scoring, model_of
 from hstu_rec.checkpoint.saved_rows import SavedRows
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.item_map import ITEM_MAP, item_map_hash
-from hstu_rec.data.own_ids import ItemIndex, typed_ids
+from hstu_rec.data.own_ids import IdIndex, typed_ids
 from hstu_rec.durable import digest_of, make_folder, sync
 from hstu_rec.item_table import ROWS_NAME
 from hstu_rec.report import listing, metric_table
@@ -150,7 +150,7 @@ def serve_run(folder: Path) -> ServingModel:
     model.load_state_dict(run.weights, assign=True)
     items = pq.read_table(folder / ITEM_MAP, columns=["item_id"]).column("item_id")
     model.eval().requires_grad_(False)
-    return ServingModel(run.bundle_config(ExportConfig()), model, ItemIndex(typed_ids(items)))
+    return ServingModel(run.bundle_config(ExportConfig()), model, IdIndex(typed_ids(items)))
 
 
 def export(folder: Path, output: Path, about: ExportConfig) -> BundleConfig:

@@ -8,26 +8,32 @@ Scores are those that evaluation ranks by (hstu_rec.scores), the encoder's and t
 through the same modules.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hstu_rec.bundle import BundleConfig, read_bundle
 from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.data.dataset import LATEST_S, offsets_of
-from hstu_rec.data.histories import Events, Histories, OnUnknown, read_histories
-from hstu_rec.data.own_ids import ItemIndex
+from hstu_rec.data.histories import Events, Histories, OnUnknown, read_histories, rows_of
+from hstu_rec.data.own_ids import IdIndex
+from hstu_rec.metrics import cut_off_problems, rank_metrics
 from hstu_rec.model import NextItemModel
+from hstu_rec.portions import Portion
+from hstu_rec.ranking import LEAST_CHUNK_ITEMS, Queries, rank_targets
 from hstu_rec.scores import NUM_SPARE, Catalogue, ItemShard, Seen, best_items
 
 # Users that are encoded and scored together, at most, and numbers of the vectors of their best items.
 BATCH_USERS = 1024
 MAX_NUMBERS = 2**24
+# Items that targets are ranked among at a time.
+CHUNK_ITEMS = 2**17
 
 
 def load_bundle(path: str | Path) -> "ServingModel":
@@ -42,11 +48,11 @@ def load_bundle(path: str | Path) -> "ServingModel":
 class ServingModel:
     """A trained model with the own ids of its items. `config` tells what it is and was measured to be."""
 
-    def __init__(self, config: BundleConfig, model: NextItemModel, items: ItemIndex) -> None:
+    def __init__(self, config: BundleConfig, model: NextItemModel, items: IdIndex) -> None:
         self.config, self.items = config, items
         self._model = model.eval()
-        rows: Any = model.table.rows
-        shard = ItemShard(rows, 0, len(rows), model.loss.item_vectors)
+        self._rows: Any = model.table.rows
+        shard = ItemShard(self._rows, 0, len(self._rows), model.loss.item_vectors)
         self._catalogue = Catalogue.of(shard)
 
     @property
@@ -60,6 +66,7 @@ class ServingModel:
         k: int = 10,
         *,
         filter_seen: bool = True,
+        candidates: Sequence[Any] | pa.Array | None = None,
         on_unknown: OnUnknown = "warn",
         at: int | Mapping[Any, int] | None = None,
     ) -> pa.Table:
@@ -68,42 +75,168 @@ class ServingModel:
         lower row comes first.
 
         Args:
-            events: a pyarrow table, or columns by name (lists, numpy or arrow arrays): user_id, item_id (own
-                ids) and timestamp (integers, unix seconds), one row an event, in any order. The model looks
-                at the newest `encoder.max_history_len` of a user, filter_seen at all.
+            events: a table of pandas, polars or Arrow, or columns by name (lists, numpy or arrow arrays):
+                user_id, item_id (own ids) and timestamp (unix time in s, ms, us or ns, timestamps, ISO text;
+                UTC), one row an event, in any order. The model looks at the newest
+                `encoder.max_history_len` of a user, filter_seen at all.
             k: rows of a user; fewer where fewer items are left.
             filter_seen: leaves out items of the user's events.
-            on_unknown: events of items that the model does not know are left out, with a warning (warn) or
-                without (ignore), or raise. Users without any other event get no rows, and a warning.
+            candidates: own ids of the items that may be recommended, the same for all users; all when None.
+            on_unknown: events of items, and candidates, that the model does not know are left out, with a
+                warning (warn) or without (ignore), or raise. Users without any other event get no rows, and
+                a warning.
             at: unix seconds for which is recommended, one number or one by user id; for models whose
                 `uses_query_time`, and those alone.
 
         Raises ValueError for k below 1, columns that are missing or of another type, and times that are
         missing, of no use, or before a user's newest event.
         """
-        if type(k) is not int or k < 1:
-            raise ValueError(f"k must be a whole number of at least 1; got {k!r}")
+        _check_k(k)
+        chosen = self._chosen(candidates, on_unknown)
         histories = read_histories(events, self.items, on_unknown)
-        times = self._query_times(histories, at)
-        width = (min(k, len(self.items)) + NUM_SPARE) * self.config.encoder.dim
+        return self.recommend_to(
+            histories, self._query_times(histories, at), k, filter_seen, chosen
+        )
+
+    def recommend_to(
+        self,
+        histories: Histories,
+        times: np.ndarray,
+        k: int,
+        filter_seen: bool = True,
+        chosen: "Candidates | None" = None,
+    ) -> pa.Table:
+        """`recommend` for histories of rows of this model, at `times` int64 [B] in s (of no effect unless
+        `uses_query_time`)."""
+        chosen = chosen or Candidates(np.arange(len(self.items)), self._catalogue)
+        width = (min(k, len(chosen.rows)) + NUM_SPARE) * self.config.encoder.dim
         batch_users = min(max(MAX_NUMBERS // width, 1), BATCH_USERS)
         num_users = len(histories.user_ids)
         parts = [
-            self._of_users(histories, times, slice(begin, begin + batch_users), k, filter_seen)
+            self._of_users(
+                histories, times, slice(begin, begin + batch_users), k, filter_seen, chosen
+            )
             for begin in range(0, num_users, batch_users)
         ]
         empty = (torch.zeros(0, dtype=kind) for kind in (torch.int64, torch.int64, torch.float64))
         columns = [torch.cat(one) for one in zip(*parts, strict=True)] if parts else [*empty]
         users, rows, scores = (column.numpy() for column in columns)
-        first = np.searchsorted(users, users)
         return pa.table(
             {
                 "user_id": histories.user_ids.take(pa.array(users)),
-                "rank": np.arange(len(users)) - first + 1,
+                "rank": _places(users),
                 "item_id": self.items.ids.take(pa.array(rows)),
                 "score": scores,
             }
         )
+
+    def similar_items(
+        self,
+        item_ids: Sequence[Any] | pa.Array,
+        k: int = 10,
+        *,
+        on_unknown: OnUnknown = "warn",
+    ) -> pa.Table:
+        """The k items whose vectors have the highest cosine with those of each of `item_ids`, itself left
+        out: item_id | rank (from 1) | similar_item_id | score (float64, the cosine), in the order given.
+
+        Ids that the model does not know get no rows, by `on_unknown` as for `recommend`. Raises ValueError
+        for k below 1.
+        """
+        _check_k(k)
+        asked = rows_of(item_ids, self.items, "item_ids", on_unknown)
+        shard = ItemShard(self._rows, 0, len(self._rows), nn.functional.normalize)
+        catalogue = Catalogue.of(shard)
+        size = min(max(MAX_NUMBERS // ((k + NUM_SPARE) * self._rows.shape[1]), 1), BATCH_USERS)
+        found = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.int64)]
+        for begin in range(0, len(asked), size):
+            rows = torch.from_numpy(asked[begin : begin + size])
+            itself = Seen(torch.arange(len(rows)), rows, -torch.inf)
+            for parts, values in zip(
+                found, best_items(shard.vectors(rows), catalogue, k, itself), strict=True
+            ):
+                parts.append(values.flatten())
+        scores, similar = torch.cat(found[0]), torch.cat(found[1])
+        owner = np.repeat(np.arange(len(asked)), len(scores) // max(len(asked), 1))
+        is_other = ~scores.isneginf().numpy()
+        owner = owner[is_other]
+        return pa.table(
+            {
+                "item_id": self.items.ids.take(pa.array(asked[owner])),
+                "rank": _places(owner),
+                "similar_item_id": self.items.ids.take(pa.array(similar.numpy()[is_other])),
+                "score": scores.numpy()[is_other],
+            }
+        )
+
+    def evaluate(
+        self,
+        events: Events,
+        ks: Sequence[int] = (1, 5, 10, 20, 50),
+        *,
+        on_unknown: OnUnknown = "warn",
+    ) -> dict[str, Any]:
+        """Recall@k, NDCG@k and MRR of the last event of every user, by the user's events before it, among
+        all items: {"num_users", "seen_masked": {"recall@10", ...}, "seen_allowed"}, with items of those
+        events masked or not. Exact, and ties are never hits, as hstu_rec.evaluator.
+
+        events: as for `recommend`. Users with fewer than two events of known items are left out. Raises
+        ValueError when that leaves none.
+        """
+        if problems := cut_off_problems(ks):
+            raise ValueError("; ".join(problems))
+        histories = read_histories(events, self.items, on_unknown)
+        lengths = np.diff(histories.offsets)
+        begins, ends = histories.offsets[:-1][lengths > 1], histories.offsets[1:][lengths > 1] - 1
+        chunk = Portion("items", CHUNK_ITEMS, LEAST_CHUNK_ITEMS)
+        ranks = [torch.zeros(2, 0, dtype=torch.int64)]
+        for first in range(0, len(begins), BATCH_USERS):
+            part = slice(first, first + BATCH_USERS)
+            queries = self._targeted(histories, begins[part], ends[part])
+            ranks.append(
+                torch.stack(
+                    rank_targets(
+                        queries, self._catalogue.shard, chunk, self._model.loss.seen_score()
+                    )
+                )
+            )
+        allowed, masked = torch.cat(ranks, dim=1)
+        return {
+            "num_users": len(begins),
+            "seen_masked": rank_metrics(masked, ks),
+            "seen_allowed": rank_metrics(allowed, ks),
+        }
+
+    def _targeted(self, histories: Histories, begins: np.ndarray, ends: np.ndarray) -> Queries:
+        """Users [B] with events begins[b] .. ends[b], and event ends[b] for a target."""
+        targets = torch.from_numpy(histories.items[ends])
+        batch, vectors = self._encoded(histories, histories.times[ends], begins, ends)
+        counts = ends - begins
+        offsets = offsets_of(counts)
+        seen = np.repeat(begins - offsets[:-1], counts) + np.arange(offsets[-1])
+        return Queries(
+            vectors=vectors,
+            target_vectors=self._catalogue.shard.vectors(targets),
+            target_ids=targets,
+            seen_ids=torch.from_numpy(histories.items[seen]),
+            seen_offsets=torch.from_numpy(offsets),
+            num_recent=batch.offsets.diff(),
+        )
+
+    def _chosen(
+        self, candidates: Sequence[Any] | pa.Array | None, on_unknown: OnUnknown
+    ) -> "Candidates | None":
+        if candidates is None:
+            return None
+        rows = np.unique(rows_of(candidates, self.items, "candidates", on_unknown))
+        if not len(rows):
+            raise ValueError(
+                f"none of {len(candidates)} candidates is known; give at least one that is"
+            )
+        shard = ItemShard(
+            self._rows[torch.from_numpy(rows)], 0, len(rows), self._model.loss.item_vectors
+        )
+        return Candidates(rows, Catalogue.of(shard))
 
     def _query_times(self, histories: Histories, at: int | Mapping[Any, int] | None) -> np.ndarray:
         """int64 [B] s for which each user's recommendations are made."""
@@ -131,26 +264,66 @@ class ServingModel:
         return np.array(given, dtype=np.int64)
 
     def _of_users(
-        self, histories: Histories, times: np.ndarray, users: slice, k: int, filter_seen: bool
+        self,
+        histories: Histories,
+        times: np.ndarray,
+        users: slice,
+        k: int,
+        filter_seen: bool,
+        chosen: "Candidates",
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(user, row, score) of the best items of some users, [n] each."""
         whole = histories.offsets[users.start : users.stop + 1]
-        longest = self.config.encoder.max_history_len
-        begins = np.maximum(whole[1:] - longest, whole[:-1])
-        batch = _batch(histories, times[users], begins, whole[1:])
-        with torch.inference_mode():
-            queries, _ = self._model(batch)
-        owner = torch.repeat_interleave(torch.arange(len(begins)), torch.from_numpy(np.diff(whole)))
-        items = torch.from_numpy(histories.items[whole[0] : whole[-1]])
+        batch, queries = self._encoded(histories, times[users], whole[:-1], whole[1:])
+        every = torch.arange(len(queries))
         if filter_seen:
-            seen = Seen(owner, items, -torch.inf)
+            owner = torch.repeat_interleave(every, torch.from_numpy(np.diff(whole)))
+            items, added = torch.from_numpy(histories.items[whole[0] : whole[-1]]), -torch.inf
         else:
-            recent = torch.repeat_interleave(torch.arange(len(begins)), batch.offsets.diff())
-            seen = Seen(recent, batch.item_ids, self._model.loss.seen_score())
-        scores, rows = best_items(queries.float(), self._catalogue, k, seen)
+            owner = torch.repeat_interleave(every, batch.offsets.diff())
+            items, added = batch.item_ids, self._model.loss.seen_score()
+        seen = Seen(*chosen.among(owner, items), added)
+        scores, places = best_items(queries, chosen.catalogue, k, seen)
         is_candidate = ~scores.isneginf()
         user = users.start + is_candidate.nonzero()[:, 0]
-        return user, rows[is_candidate], scores[is_candidate]
+        rows = torch.from_numpy(chosen.rows)[places[is_candidate]]
+        return user, rows, scores[is_candidate]
+
+    def _encoded(
+        self, histories: Histories, times: np.ndarray, begins: np.ndarray, ends: np.ndarray
+    ) -> tuple[SequenceBatch, Tensor]:
+        """The newest events of begins[b] .. ends[b], and float32 [B, D] what they ask for at `times` [B]."""
+        begins = np.maximum(ends - self.config.encoder.max_history_len, begins)
+        batch = _batch(histories, times, begins, ends)
+        with torch.inference_mode():
+            queries, _ = self._model(batch)
+        return batch, queries.float()
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The items that may be recommended."""
+
+    rows: np.ndarray
+    """int64 [C], rising."""
+    catalogue: Catalogue
+
+    def among(self, owner: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        """(owner, place in `rows`) of the items that are among them."""
+        rows = torch.from_numpy(self.rows)
+        place = torch.searchsorted(rows, items).clamp_(max=len(rows) - 1)
+        is_here = rows[place] == items
+        return owner[is_here], place[is_here]
+
+
+def _check_k(k: int) -> None:
+    if type(k) is not int or k < 1:
+        raise ValueError(f"k must be a whole number of at least 1; got {k!r}")
+
+
+def _places(owners: np.ndarray) -> np.ndarray:
+    """int64 [n]: 1, 2, .. within each of the runs of rising `owners` [n]."""
+    return np.arange(len(owners)) - np.searchsorted(owners, owners) + 1
 
 
 def _batch(

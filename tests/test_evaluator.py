@@ -12,9 +12,10 @@ from hstu_rec import distributed, evaluator, ranking
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.stream import check_frequent, eval_batches
-from hstu_rec.evaluator import EvalConfig, rank_metrics
+from hstu_rec.evaluator import EvalConfig
 from hstu_rec.item_table import local_shards
 from hstu_rec.learner import Learner
+from hstu_rec.metrics import rank_metrics
 from hstu_rec.portions import Portion
 from hstu_rec.ranking import Queries, rank_targets
 from hstu_rec.scores import ItemShard

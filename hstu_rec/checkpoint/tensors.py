@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from hstu_rec import hosts
+from hstu_rec import distributed, hosts
 from hstu_rec.checkpoint.folder import (
     META,
     CheckpointError,
@@ -85,7 +85,7 @@ def load(
     )
     tensors = {name: tensor for name, tensor in named_tensors(state).items() if not apart(name)}
     try:
-        loader.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        loader.load(tensors, storage_reader=reader, no_dist=not distributed.has_group())
     except CheckpointException as error:
         raise CheckpointError(f"{path} could not be read: {_reasons(error)}") from error
     return read_meta(path)

@@ -101,14 +101,20 @@ def leave_one_out(length: str) -> tuple[str, str]:
 
 
 def order(
-    connection: duckdb.DuckDBPyConnection, cleaned: Cleaned, cut: tuple[int, int] | None
+    connection: duckdb.DuckDBPyConnection,
+    cleaned: Cleaned,
+    cut: tuple[int, int] | None,
+    *,
+    has_targets: bool = True,
 ) -> str:
     """Makes the tables users and items; returns the query of the events, user after user in order.
 
-    `cut` holds the times at which validation and test begin; None is leave-one-out.
+    `cut` holds the times at which validation and test begin; None is leave-one-out, or without targets.
     Raises ValueError when there are too many items, or no targets.
     """
-    if cut is None:
+    if not has_targets:
+        train_end = valid_end = "count(*)"
+    elif cut is None:
         train_end, valid_end = leave_one_out("count(*)")
     else:
         train_end, valid_end = (f"count(*) FILTER ({cleaned.seconds} < {time})" for time in cut)
@@ -130,6 +136,17 @@ def order(
     num_items = scalar(connection, "SELECT count(*) FROM items")
     if num_items > MAX_ITEMS:
         raise ValueError(f"{num_items:,} items are more than {MAX_ITEMS:,}; raise min_item_events")
+    if has_targets:
+        _check_targets(connection, cut)
+    return (
+        f"SELECT i.place::INTEGER AS item, ({cleaned.seconds})::BIGINT AS timestamp, time "
+        "FROM events e JOIN items i ON e.item = i.code "
+        f"ORDER BY e.user, time, {'tie, ' if cleaned.has_tie else ''}seq"
+    )
+
+
+def _check_targets(connection: duckdb.DuckDBPyConnection, cut: tuple[int, int] | None) -> None:
+    """Raises ValueError when there are none of a kind."""
     num_valid, num_tests = num_targets(connection)
     if num_tests == 0:
         reason = (
@@ -145,11 +162,6 @@ def order(
             "the split leaves no validation target: no user has an event before and one in the "
             "validation part; give other times or fractions"
         )
-    return (
-        f"SELECT i.place::INTEGER AS item, ({cleaned.seconds})::BIGINT AS timestamp, time "
-        "FROM events e JOIN items i ON e.item = i.code "
-        f"ORDER BY e.user, time, {'tie, ' if cleaned.has_tie else ''}seq"
-    )
 
 
 def num_targets(connection: duckdb.DuckDBPyConnection) -> tuple[int, int]:

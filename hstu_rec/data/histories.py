@@ -8,8 +8,8 @@ b        "y"      34
 a        "?"      11
 """
 
+import contextlib
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -17,11 +17,12 @@ import numpy as np
 import pyarrow as pa
 
 from hstu_rec.data.dataset import LATEST_S, offsets_of
-from hstu_rec.data.own_ids import ItemIndex, kind_of, typed_ids
+from hstu_rec.data.own_ids import IdIndex, kind_of, typed_ids
+from hstu_rec.data.tables import arrow_of
 
 COLUMNS = ("user_id", "item_id", "timestamp")
-# A table, or what makes one: columns by name, each a list, a numpy or an arrow array.
-Events = pa.Table | Mapping[str, Any]
+# A table: of pandas, polars or Arrow, or columns by name, each a list, a numpy or an arrow array.
+Events = Any
 OnUnknown = Literal["warn", "raise", "ignore"]
 NUM_EXAMPLES = 5
 
@@ -40,29 +41,19 @@ class Histories:
     """int64 [B + 1]."""
 
 
-def read_histories(events: Events, index: ItemIndex, on_unknown: OnUnknown = "warn") -> Histories:
+def read_histories(events: Events, index: IdIndex, on_unknown: OnUnknown = "warn") -> Histories:
     """The histories that `events` tell: columns user_id (integers or strings), item_id (as in `index`) and
-    timestamp (integers, unix seconds), rows in any order; further columns are not read.
+    timestamp (unix time, timestamps or ISO text), rows in any order; further columns are not read.
 
     Events of unknown items are left out, with a warning, or not at all: ValueError, by `on_unknown`; of
     users without a known event there is always a warning. Raises ValueError for columns of other types or
     with nulls, and times that are no seconds.
     """
-    if on_unknown not in get_args(OnUnknown):
-        allowed = ", ".join(get_args(OnUnknown))
-        raise ValueError(f"on_unknown must be one of {allowed}; got {on_unknown!r}")
     columns = _columns(events)
     users, own_items = (_ids(columns[name], name) for name in ("user_id", "item_id"))
     times = _seconds(columns["timestamp"])
-    if len(own_items) and own_items.type != index.ids.type:
-        raise ValueError(
-            f"item_id holds {kind_of(own_items)}, the model's items are {kind_of(index.ids)}, such as "
-            f"{index.ids[0].as_py()!r}; give the ids that it was trained on"
-        )
-    items = index.rows(own_items.cast(index.ids.type))
+    items = _rows(own_items, index, ("item_id", "events", "items"), on_unknown)
     is_known = items >= 0
-    if not is_known.all() and on_unknown != "ignore":
-        _tell_unknown(own_items, is_known, len(index), on_unknown)
     encoded = users.dictionary_encode()
     codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
     lengths = np.bincount(codes[is_known], minlength=len(encoded.dictionary))
@@ -78,13 +69,44 @@ def read_histories(events: Events, index: ItemIndex, on_unknown: OnUnknown = "wa
     )
 
 
-def _columns(events: Events) -> pa.Table:
+def rows_of(
+    ids: Any, index: IdIndex, what: str, on_unknown: OnUnknown, kind: str = "items"
+) -> np.ndarray:
+    """int64 [n] rows of own ids, a list or an array of numpy or Arrow; unknown ones are left out, with a
+    warning, or not at all: ValueError, by `on_unknown`."""
+    if isinstance(ids, str | bytes) or not hasattr(ids, "__len__"):
+        raise ValueError(f"{what} must be a list or an array of own ids; got {ids!r}")
     try:
-        table: pa.Table = events if isinstance(events, pa.Table) else pa.table(dict(events))
-    except (pa.ArrowException, TypeError, ValueError) as error:
+        column = ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{what} must be own ids, all integers or all strings: {error}") from error
+    rows = _rows(_ids(column, what), index, (what, what, kind), on_unknown)
+    return rows[rows >= 0]
+
+
+def _rows(
+    own: pa.Array, index: IdIndex, names: tuple[str, str, str], on_unknown: OnUnknown
+) -> np.ndarray:
+    """int64 [n] rows of typed ids, -1 for unknown ones, which are told or refused.
+
+    names: of the ids, of what has them, and of whose they are.
+    """
+    if on_unknown not in get_args(OnUnknown):
+        allowed = ", ".join(get_args(OnUnknown))
+        raise ValueError(f"on_unknown must be one of {allowed}; got {on_unknown!r}")
+    if len(own) and own.type != index.ids.type:
         raise ValueError(
-            f"events must be a pyarrow table, or columns of equal length by name: {error}"
-        ) from error
+            f"{names[0]} holds {kind_of(own)}, the model's {names[2]} are {kind_of(index.ids)}, such as "
+            f"{index.ids[0].as_py()!r}; give the ids that it was trained on"
+        )
+    rows = index.rows(own.cast(index.ids.type))
+    if (rows < 0).any() and on_unknown != "ignore":
+        _tell_unknown(own, rows >= 0, names, len(index), on_unknown)
+    return rows
+
+
+def _columns(events: Events) -> pa.Table:
+    table = arrow_of(events)
     if missing := [name for name in COLUMNS if name not in table.column_names]:
         raise ValueError(
             f"events need the columns {', '.join(COLUMNS)}; {', '.join(missing)} missing, there are "
@@ -103,35 +125,78 @@ def _ids(column: pa.ChunkedArray, name: str) -> pa.Array:
 
 
 def _seconds(column: pa.ChunkedArray) -> np.ndarray:
+    """int64 [T] unix seconds of times: integers or whole floats in s, ms, us or ns, which their size tells;
+    timestamps and dates; ISO text. What has no zone is UTC."""
     if not len(column):
         return np.zeros(0, dtype=np.int64)
-    if not pa.types.is_integer(column.type) or column.null_count:
+    if column.null_count:
         raise ValueError(
-            "timestamp must be integers without nulls, unix seconds; got "
-            f"{column.type}, {column.null_count:,} nulls"
+            f"timestamp must be without nulls; got {column.type}, {column.null_count:,} nulls"
         )
-    times = column.cast(pa.int64(), safe=False).to_numpy()
-    is_outside = (times < 0) | (times >= LATEST_S)
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        return _in_seconds(column.to_numpy())
+    moments = _moments(column)
+    return _checked(
+        moments.cast(pa.timestamp("s", tz=moments.type.tz), safe=False).cast(pa.int64()).to_numpy()
+    )
+
+
+def _moments(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if pa.types.is_timestamp(column.type):
+        return column
+    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    if is_text or pa.types.is_date(column.type):
+        for zone in (None, "UTC"):  # text that names none, text that does
+            with contextlib.suppress(pa.ArrowException):
+                return column.cast(pa.timestamp("us", tz=zone))
+    told = f", such as {column[0].as_py()!r}" if is_text else ""
+    raise ValueError(
+        "timestamp must be integers (unix time in s, ms, us or ns), timestamps, dates or ISO text; got "
+        f"{column.type}{told}"
+    )
+
+
+def _in_seconds(values: np.ndarray) -> np.ndarray:
+    if not np.isfinite(values).all():
+        bad = int((~np.isfinite(values)).sum())
+        raise ValueError(f"{bad:,} timestamps are NaN or infinite; leave such rows out")
+    largest, ticks = values.max(), 1
+    while largest / ticks >= LATEST_S and ticks < 10**9:
+        ticks *= 1000
+    if ticks > 1 and values.min() < LATEST_S * (ticks // 1000):
+        raise ValueError(
+            f"timestamps are of several units, from {values.min()} to {largest}; give all of them in s, ms, "
+            "us or ns"
+        )
+    return _checked(np.floor_divide(values, ticks).astype(np.int64))
+
+
+def _checked(seconds: np.ndarray) -> np.ndarray:
+    is_outside = (seconds < 0) | (seconds >= LATEST_S)
     if is_outside.any():
         raise ValueError(
-            f"{int(is_outside.sum()):,} timestamps are outside 0..{LATEST_S - 1}, such as "
-            f"{times[is_outside][0]}; give unix seconds, not milliseconds"
+            f"{int(is_outside.sum()):,} timestamps are outside 0..{LATEST_S - 1} s, such as "
+            f"{seconds[is_outside][0]}; give times from 1970 on"
         )
-    return times
+    return seconds
 
 
 def _tell_unknown(
-    own_items: pa.Array, is_known: np.ndarray, num_items: int, on_unknown: OnUnknown
+    own: pa.Array,
+    is_known: np.ndarray,
+    names: tuple[str, str, str],
+    num_known: int,
+    on_unknown: OnUnknown,
 ) -> None:
-    unknown = own_items.filter(pa.array(~is_known))
+    unknown = own.filter(pa.array(~is_known))
     distinct = unknown.unique()
     told = (
-        f"{len(unknown):,} of {len(own_items):,} events are of {len(distinct):,} items that are not among "
-        f"the model's {num_items:,}, for example {distinct[:NUM_EXAMPLES].to_pylist()}"
+        f"{len(unknown):,} of {len(own):,} {names[1]} are of {len(distinct):,} {names[2]} that are not among "
+        f"the model's {num_known:,}, for example {distinct[:NUM_EXAMPLES].to_pylist()}"
     )
     if on_unknown == "raise":
         raise ValueError(f"{told}; leave them out, or give on_unknown='warn' or 'ignore'")
-    warnings.warn(f"{told}; they are left out", stacklevel=4)
+    warnings.warn(f"{told}; they are left out", stacklevel=5)
 
 
 def _tell_lost(user_ids: pa.Array, lengths: np.ndarray) -> None:

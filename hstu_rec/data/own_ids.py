@@ -49,8 +49,8 @@ def kind_of(ids: pa.Array) -> str:
     return "integers" if pa.types.is_integer(ids.type) else "strings"
 
 
-class ItemIndex:
-    """Rows of items by own id, `ids` being those of rows 0, 1, ..., int64 or large_string.
+class IdIndex:
+    """Rows of items, or users, by own id, `ids` being those of rows 0, 1, ..., int64 or large_string.
 
     Raises ValueError for ids that are empty or in more rows than one.
     """
@@ -62,9 +62,9 @@ class ItemIndex:
         is_again = pc.equal(self._sorted[1:], self._sorted[:-1])
         if num_again := pc.sum(is_again).as_py():
             first = self._sorted[1:].filter(is_again)[0].as_py()
-            raise ValueError(f"{num_again:,} item ids are in more rows than one, such as {first!r}")
+            raise ValueError(f"{num_again:,} ids are in more rows than one, such as {first!r}")
         if len(ids) and self._sorted[0].as_py() == "":
-            raise ValueError(f"the item id of row {self._order[0]} is empty")
+            raise ValueError(f"the id of row {self._order[0]} is empty")
 
     def __len__(self) -> int:
         return len(self.ids)

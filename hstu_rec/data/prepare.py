@@ -66,8 +66,9 @@ class PrepareConfig:
     """Users with fewer events are left out."""
     kcore: int = 0
     """Leaves out users and items with fewer events, over and over until none is left; 0: off."""
-    split: Literal["leave_one_out", "time"] = "leave_one_out"
-    """Last event = test and one before = validation, or first events after two points in time."""
+    split: Literal["leave_one_out", "time", "none"] = "leave_one_out"
+    """Last event = test and one before = validation, or first events after two points in time; with none
+    there are no targets, for histories that are recommended to and not trained on."""
     valid_time: str | None = None
     """split=time: training ends before this ISO date (UTC) or unix second."""
     test_time: str | None = None
@@ -183,7 +184,7 @@ def _make(
         dropped = cleaned.dropped | _filter(connection, config, cleaned)
     with stages.stage("split"):
         cut = _cut(connection, config, cleaned)
-        ordered = order(connection, cleaned, cut)
+        ordered = order(connection, cleaned, cut, has_targets=config.split != "none")
     with stages.stage("order, write"):
         write_users(connection, folder)
         tally = write_events(connection, ordered, folder)
@@ -295,8 +296,8 @@ def _appearing(output: Path, overwrite: bool) -> Iterator[Path]:
 def _cut(
     connection: duckdb.DuckDBPyConnection, config: PrepareConfig, cleaned: Cleaned
 ) -> tuple[int, int] | None:
-    """Unix seconds at which validation and test begin; None for leave-one-out."""
-    if config.split == "leave_one_out":
+    """Unix seconds at which validation and test begin; None where no times split."""
+    if config.split != "time":
         return None
     if config.valid_time is not None and config.test_time is not None:
         return _seconds(config.valid_time), _seconds(config.test_time)
