@@ -153,11 +153,9 @@ def _check_unused(folder: Path, resume: str) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"train.run_dir {folder} is no folder; give one")
-    if (
-        folder.exists()
-        and any(folder.iterdir())
-        and not any((folder / name).exists() for name in OF_A_RUN)
-    ):
+    # What begins with a dot a run may have left that was killed as it began (hosts.make_shared).
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if not names & {*OF_A_RUN} and any(not name.startswith(".") for name in names):
         raise ValueError(
             f"train.run_dir {folder} holds other files, and no run; give a folder that is empty or not there"
         )

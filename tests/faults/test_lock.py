@@ -111,3 +111,10 @@ def test_a_folder_of_other_files_is_no_run_s(tmp_path):
     with pytest.raises(ValueError, match=r"chapter.tex is no folder"):
         train(small_run(tmp_path, folder / "chapter.tex"))
     assert [one.name for one in folder.iterdir()] == ["chapter.tex"]
+
+
+def test_what_a_run_leaves_that_was_killed_as_it_began_is_in_no_one_s_way(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".seen_by_all_0").touch()
+    assert train(small_run(tmp_path, folder))["timing"]["epochs"] == 1
