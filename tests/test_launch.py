@@ -136,6 +136,7 @@ POSITIONALS = {
     "make_events": ["counting", "{run}/out.parquet"],
     "plan": [],
     "export": ["{run}", "{run}/out"],
+    "recommend": ["{run}", "{run}/data", "{run}/out"],
 }
 
 

@@ -256,7 +256,8 @@ def test_the_blocked_imports_are_really_blocked() -> None:
 
 
 @pytest.mark.parametrize(
-    "app", ["train", "evaluate", "export", "prepare", "benchmark", "make_events", "plan"]
+    "app",
+    ["train", "evaluate", "export", "recommend", "prepare", "benchmark", "make_events", "plan"],
 )
 def test_every_app_starts_without_triton(app: str) -> None:
     code = BLOCK.replace('"torchrec",', '"triton",').replace('"fbgemm_gpu", ', "")

@@ -332,7 +332,7 @@ def test_damage_anywhere_is_a_sentence(shared, tries):
     [
         (lambda ids, index: (ids[:1] * 2 + ids[2:], index), "1 ids are in more rows than one"),
         (lambda ids, index: ([None, *ids[1:]], index), "1 ids are null"),
-        (lambda ids, index: (["", *ids[1:]], index), "item id of row 0 is empty"),
+        (lambda ids, index: (["", *ids[1:]], index), "the id of row 0 is empty"),
         (lambda ids, index: ([*range(12)], index), "its ids have the hash"),
         (
             lambda ids, index: ([*map(float, range(12))], index),
