@@ -1,6 +1,6 @@
 """Recall, NDCG and MRR of the sharded model over the users of a split, a batch of queries at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hstu_rec import distributed, tracking
 from hstu_rec.data.stream import EvalBatch, Sequences, Split, eval_batches, eval_users
 from hstu_rec.item_table import local_shards
-from hstu_rec.metrics import cut_off_problems, rank_metrics
+from hstu_rec.metrics import both_metrics, cut_off_problems
 from hstu_rec.model import NextItemModel
 from hstu_rec.portions import Portion, agreed
 from hstu_rec.ranking import LEAST_CHUNK_ITEMS, Queries, rank_targets
@@ -68,11 +68,11 @@ def evaluate(
         ranks, targets, is_repeated = _ranked(sharded, dataset, split, config, device, after_batch)
     finally:
         sharded.train(was_training)
-    result = _metrics(ranks, config.ks)
+    result = both_metrics(ranks, config.ks)
     result["num_repeated_targets"] = int(distributed.all_reduce_sum(is_repeated.sum()))
     if least := config.min_train_count:
         is_frequent = torch.from_numpy(dataset.train_counts[targets.numpy()] >= least)
-        result["frequent"] = _metrics(ranks[:, is_frequent.to(device)], config.ks)
+        result["frequent"] = both_metrics(ranks[:, is_frequent.to(device)], config.ks)
     return result
 
 
@@ -134,15 +134,6 @@ def _queries(
         batch.seen_offsets.to(device),
         history.offsets.diff(),
     )
-
-
-def _metrics(ranks: Tensor, ks: Sequence[int]) -> dict[str, Any]:
-    """The figures of int64 [2, Q] ranks with seen items allowed and masked. Collective."""
-    return {
-        "num_users": int(distributed.all_reduce_sum(torch.tensor(ranks.shape[1]))),
-        "seen_masked": rank_metrics(ranks[1], ks),
-        "seen_allowed": rank_metrics(ranks[0], ks),
-    }
 
 
 def _is_repeated(batch: EvalBatch) -> Tensor:

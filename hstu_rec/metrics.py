@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from hstu_rec import distributed
@@ -33,3 +35,13 @@ def rank_metrics(ranks: Tensor, ks: Sequence[int]) -> dict[str, float]:
         result[f"ndcg@{k}"] = math.fsum(n / math.log2(rank + 2) for rank, n in hits) / total
     result["mrr"] = math.fsum(count / (rank + 1) for rank, count in tally) / total
     return result
+
+
+def both_metrics(ranks: Tensor, ks: Sequence[int]) -> dict[str, Any]:
+    """{"num_users", "seen_masked", "seen_allowed"} of int64 [2, Q] ranks with seen items allowed and masked.
+    Collective; raises as `rank_metrics`."""
+    return {
+        "num_users": int(distributed.all_reduce_sum(torch.tensor(ranks.shape[1]))),
+        "seen_masked": rank_metrics(ranks[1], ks),
+        "seen_allowed": rank_metrics(ranks[0], ks),
+    }

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from hstu_rec import checkpoint, distributed, hosts, tracking
 from hstu_rec.bundle import CONFIG
+from hstu_rec.checkpoint.folder import MANIFEST
 from hstu_rec.data.dataset import Dataset, offsets_of
 from hstu_rec.data.histories import Histories
 from hstu_rec.data.own_ids import typed_ids
@@ -140,7 +141,7 @@ def _identity(folder: Path) -> str:
     if (folder / "config.yaml").is_file():
         with distributed.alone():
             best = checkpoint.resolve(folder / "checkpoints", "best")
-        return digest_of(best / "manifest.json")["sha256"]
+        return digest_of(best / MANIFEST)["sha256"]
     return digest_of(folder / CONFIG)["sha256"]
 
 

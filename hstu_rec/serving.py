@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from hstu_rec.bundle import BundleConfig, read_bundle
 from hstu_rec.data.batch import SequenceBatch
-from hstu_rec.data.dataset import LATEST_S, offsets_of
+from hstu_rec.data.dataset import LATEST_S, places_of
 from hstu_rec.data.histories import Events, Histories, OnUnknown, read_histories, rows_of
 from hstu_rec.data.own_ids import IdIndex
-from hstu_rec.metrics import cut_off_problems, rank_metrics
+from hstu_rec.metrics import both_metrics, cut_off_problems
 from hstu_rec.model import NextItemModel
 from hstu_rec.portions import Portion
 from hstu_rec.ranking import LEAST_CHUNK_ITEMS, Queries, rank_targets
@@ -200,20 +200,13 @@ class ServingModel:
                     )
                 )
             )
-        allowed, masked = torch.cat(ranks, dim=1)
-        return {
-            "num_users": len(begins),
-            "seen_masked": rank_metrics(masked, ks),
-            "seen_allowed": rank_metrics(allowed, ks),
-        }
+        return both_metrics(torch.cat(ranks, dim=1), ks)
 
     def _targeted(self, histories: Histories, begins: np.ndarray, ends: np.ndarray) -> Queries:
         """Users [B] with events begins[b] .. ends[b], and event ends[b] for a target."""
         targets = torch.from_numpy(histories.items[ends])
         batch, vectors = self._encoded(histories, histories.times[ends], begins, ends)
-        counts = ends - begins
-        offsets = offsets_of(counts)
-        seen = np.repeat(begins - offsets[:-1], counts) + np.arange(offsets[-1])
+        seen, offsets = places_of(begins, ends - begins)
         return Queries(
             vectors=vectors,
             target_vectors=self._catalogue.shard.vectors(targets),
@@ -330,9 +323,7 @@ def _batch(
     histories: Histories, times: np.ndarray, begins: np.ndarray, ends: np.ndarray
 ) -> SequenceBatch:
     """Events begins[b] .. ends[b] of users [B], and the times [B] of what follows them."""
-    counts = ends - begins
-    offsets = offsets_of(counts)
-    event = np.repeat(begins - offsets[:-1], counts) + np.arange(offsets[-1])
+    event, offsets = places_of(begins, ends - begins)
     next_times = np.append(histories.times, 0)[event + 1]
     next_times[offsets[1:] - 1] = times
     return SequenceBatch(

@@ -198,10 +198,7 @@ class Dataset:
         and for items and times that no prepared folder has.
         """
         self._files.check()
-        counts = ends - begins
-        offsets = offsets_of(counts)
-        first = self.starts[users] + begins
-        rows = np.repeat(first - offsets[:-1], counts) + np.arange(offsets[-1])
+        rows, offsets = places_of(self.starts[users] + begins, ends - begins)
         items, timestamps = _take(self._items, rows), _take(self._timestamps, rows)
         self._check_range("item", items, self.num_items)
         self._check_range("timestamp", timestamps, LATEST_S)
@@ -244,6 +241,12 @@ def offsets_of(counts: np.ndarray) -> np.ndarray:
     offsets = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(counts, out=offsets[1:])
     return offsets
+
+
+def places_of(begins: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [T]: begins[b], begins[b] + 1, .. of each part of `counts` [B], and their offsets [B + 1]."""
+    offsets = offsets_of(counts)
+    return np.repeat(begins - offsets[:-1], counts) + np.arange(offsets[-1]), offsets
 
 
 def _take(chunks: list[np.ndarray], rows: np.ndarray) -> np.ndarray:

@@ -18,9 +18,8 @@ import pyarrow as pa
 
 from hstu_rec.data.dataset import LATEST_S, offsets_of
 from hstu_rec.data.own_ids import IdIndex, kind_of, typed_ids
-from hstu_rec.data.tables import arrow_of
+from hstu_rec.data.tables import COLUMNS, arrow_of
 
-COLUMNS = ("user_id", "item_id", "timestamp")
 # A table: of pandas, polars or Arrow, or columns by name, each a list, a numpy or an arrow array.
 Events = Any
 OnUnknown = Literal["warn", "raise", "ignore"]

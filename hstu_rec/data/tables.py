@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from hstu_rec.data.dataset import parts
 
 TableKind = Literal["pandas", "polars", "arrow"]
-NEEDED = ("user_id", "item_id", "timestamp")
+COLUMNS = ("user_id", "item_id", "timestamp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Columns:
                     f"events need one column {name!r}; there are {count} of {there}; name the columns with "
                     "user_column, item_column and time_column"
                 )
-        return pa.table([table[name] for name in names], names=list(NEEDED))
+        return pa.table([table[name] for name in names], names=list(COLUMNS))
 
 
 def kind_of_table(table: Any) -> TableKind:
