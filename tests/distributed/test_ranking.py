@@ -9,7 +9,7 @@ import torch
 from hstu_rec import distributed
 from hstu_rec.baselines import baseline_metrics
 from hstu_rec.data.dataset import Dataset
-from hstu_rec.evaluator import rank_metrics
+from hstu_rec.metrics import rank_metrics
 from hstu_rec.portions import Portion
 from hstu_rec.ranking import Queries, rank_targets
 from hstu_rec.scores import ItemShard

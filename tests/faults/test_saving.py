@@ -36,7 +36,7 @@ def save_for_ever(root, seed):
             (root / f"begun_{step}").touch()
             if random.Random(seed + step).random() < 0.5:
                 saver.wait()
-                write_file(root / "durable", str(step).encode())  # a kill leaves it whole
+                write_file(root.with_suffix(".durable"), str(step).encode())
 
 
 @pytest.mark.fault("R5")
@@ -55,7 +55,8 @@ def test_a_kill_at_any_moment_leaves_the_newest_complete_checkpoint(tmp_path, tr
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        durable = int((root / "durable").read_text()) if (root / "durable").exists() else 1
+        through = root.with_suffix(".durable")
+        durable = int(through.read_text()) if through.exists() else 1
         path, skipped = checkpoint.newest(root)
         is_held = path is not None and skipped == []
         if path is not None:
