@@ -3,7 +3,7 @@
     python apps/benchmark.py step [CONFIG.yaml ...] [key=value ...]     jagged histories beside padded ones
     python apps/benchmark.py epoch [CONFIG.yaml ...] [key=value ...]    whole epochs, without validation
     python apps/benchmark.py curve [CONFIG.yaml ...] [key=value ...]    test figures after every epoch
-    python apps/benchmark.py attention|encoder|loss|ranking [key=value ...]                   a part alone
+    python apps/benchmark.py attention|encoder|candidates|loss|ranking [key=value ...]        a part alone
     python apps/benchmark.py tune [key=value ...]                       attention's compile options, on CUDA
     python apps/benchmark.py saving [CONFIG.yaml ...] [key=value ...]   checkpoints beside training
     python apps/benchmark.py guards [CONFIG.yaml ...] [key=value ...]   steps with the guards and without

@@ -3,8 +3,8 @@
 With `attention="softmax"`, `use_gate=False` and an FFN the same encoder is SASRec.
 """
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,158 +12,36 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hstu_rec.distributed import is_hopper
-from hstu_rec.encoder_config import EncoderConfig, NormKind, chosen_kernel
+from hstu_rec.encoder_config import EncoderConfig, chosen_kernel
+from hstu_rec.layer import Calendar, Dropout, HSTULayer, make_norm
 from hstu_rec.ops import (
-    NUM_TIME_BUCKETS,
     AttentionKernel,
-    AttentionKind,
     JaggedLayout,
-    jagged_attention,
+    KeysAndValues,
+    candidate_layout,
     jagged_layout,
 )
 
-# Seconds of a calendar bucket; a month is a twelfth of 365.25 days.
-CALENDAR_S = {"day": 86_400, "week": 604_800, "month": 2_629_800}
+# Candidates that go through all layers together: their tokens stay near the processor.
+BATCH_CANDIDATES = 1024
 
 
-def make_norm(kind: NormKind, dim: int) -> nn.Module:
-    """The norm of that name over the last dimension."""
-    if kind == "none":
-        return nn.Identity()
-    return nn.LayerNorm(dim) if kind == "layer" else nn.RMSNorm(dim, eps=1e-6)
+@dataclass(frozen=True)
+class EncodedHistory:
+    """What candidates look at of the T events of B users; `HSTUEncoder.encode_history` makes it."""
 
+    offsets: Tensor
+    """int64 [B+1]."""
+    timestamps: Tensor | None
+    """int64 [T] in s; None where the encoder uses no times."""
+    layers: list[KeysAndValues]
+    """Of each layer, keys [H, T, A] and values [H, T, V]."""
 
-class Dropout(nn.Dropout):
-    """nn.Dropout; on CPU with four draws of 16 bits from each 64 of the generator.
-
-    torch's own CPU mask takes one draw an element: a tenth of a small model's step.
-    The probability is exact to 2**-16.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.p == 0 or input.device.type != "cpu":
-            return super().forward(input)
-        draws = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        keep = draws.view(torch.int16)[: input.numel()].view(input.shape)
-        threshold = round(self.p * 2**16) - 2**15
-        return input * (keep >= threshold).to(input.dtype).mul_(1 / (1 - self.p))
-
-
-class Calendar(nn.Module):
-    """A learned embedding of the bucket of a time: what is bought changes with years and seasons.
-
-    Raises ValueError without a range of times.
-    """
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        self.begin, self.bucket_s = config.calendar_begin, CALENDAR_S[config.calendar]
-        num_seconds = config.calendar_end - config.calendar_begin
-        if config.calendar_begin == config.calendar_end == 0:
-            raise ValueError(
-                f"calendar '{config.calendar}' needs calendar_begin and calendar_end, the times (s since "
-                f"1970) of the first and last training event; got {config.calendar_begin} and "
-                f"{config.calendar_end}"
-            )
-        num_buckets = num_seconds // self.bucket_s + 1
-        self.embedding = nn.Parameter(torch.randn(num_buckets, config.dim) * 0.02)
-
-    def forward(self, timestamps: Tensor) -> Tensor:
-        """[T, D] of int64 timestamps [T] in s. A time outside the range counts as the nearest inside."""
-        bucket = torch.div(timestamps - self.begin, self.bucket_s, rounding_mode="floor")
-        return self.embedding.index_select(0, bucket.clamp(0, len(self.embedding) - 1))
-
-
-class HSTULayer(nn.Module):
-    """One layer, jagged in and out (arXiv 2402.17152, section 3.2, equations 1 to 3):
-
-    U, V, Q, K = silu(norm(x) W);  A = silu(Q Kᵀ + bias) / n
-    x + W_o dropout(norm(A V) * U)
-    """
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        heads = config.num_heads
-        self.num_heads = heads
-        self.attention_dim = config.attention_dim or config.dim // heads
-        self.value_dim = config.value_dim or config.dim // heads
-        self.kind: AttentionKind = config.attention
-        self.use_gate = config.use_gate
-        is_silu = config.attention == "silu"
-        self.scale = 1 / config.max_history_len if is_silu else 1 / math.sqrt(self.attention_dim)
-        self.widths = [
-            heads * self.value_dim,
-            heads * self.attention_dim,
-            heads * self.attention_dim,
-        ]
-        if self.use_gate:
-            self.widths.append(heads * self.value_dim)
-        self.input_norm = make_norm(config.norm, config.dim)
-        self.project = nn.Linear(config.dim, sum(self.widths), bias=False)
-        # Over all heads together, as published.
-        self.attention_norm = make_norm(config.norm if self.use_gate else "none", self.widths[0])
-        self.output = nn.Linear(self.widths[0], config.dim)
-        self.dropout = Dropout(config.dropout)
-        bias_rows = heads if config.is_bias_per_head else 1
-        self.position_bias = (
-            nn.Parameter(torch.empty(bias_rows, config.max_history_len))
-            if config.use_position_bias
-            else None
-        )
-        self.time_bias = (
-            nn.Parameter(torch.empty(bias_rows, NUM_TIME_BUCKETS)) if config.use_time_bias else None
-        )
-        self.ffn = (
-            nn.Sequential(
-                make_norm(config.norm, config.dim),
-                nn.Linear(config.dim, config.ffn_dim),
-                nn.GELU(),
-                Dropout(config.dropout),
-                nn.Linear(config.ffn_dim, config.dim),
-                Dropout(config.dropout),
-            )
-            if config.ffn_dim
-            else None
-        )
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Published initialisation: projections and biases N(0, 0.02), output Xavier uniform."""
-        nn.init.normal_(self.project.weight, std=0.02)
-        nn.init.xavier_uniform_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
-        for table in (self.position_bias, self.time_bias):
-            if table is not None:
-                nn.init.normal_(table, std=0.02)
-
-    def forward(self, x: Tensor, offsets: Tensor, layout: JaggedLayout) -> Tensor:
-        """x [T, D] to [T, D]; see `HSTUEncoder.forward`."""
-        v, q, k, *gate = self.before(x).split(self.widths, dim=-1)
-        attended = jagged_attention(
-            q.unflatten(-1, (self.num_heads, self.attention_dim)),
-            k.unflatten(-1, (self.num_heads, self.attention_dim)),
-            v.unflatten(-1, (self.num_heads, self.value_dim)),
-            offsets,
-            kind=self.kind,
-            scale=self.scale,
-            position_bias=self.position_bias,
-            time_bias=self.time_bias,
-            layout=layout,
-        ).flatten(1)
-        return self.after(x, attended, *gate)
-
-    def before(self, x: Tensor) -> Tensor:
-        """x [T, D] to v, q, k and u side by side [T, sum(widths)]."""
-        projected = self.project(self.input_norm(x))
-        return nn.functional.silu(projected) if self.use_gate else projected
-
-    def after(self, x: Tensor, attended: Tensor, gate: Tensor | None = None) -> Tensor:
-        """x [T, D], and what attention [T, H V] and u [T, H V] add to it."""
-        if gate is not None:
-            x = x + self.output(self.dropout(self.attention_norm(attended) * gate))
-        else:
-            x = x + self.dropout(self.output(attended))
-        return x if self.ffn is None else x + self.ffn(x)
+    def to(self, device: torch.device) -> "EncodedHistory":
+        """The same on `device`."""
+        layers = [(keys.to(device), values.to(device)) for keys, values in self.layers]
+        times = None if self.timestamps is None else self.timestamps.to(device)
+        return EncodedHistory(self.offsets.to(device), times, layers)
 
 
 def _check_events(offsets: Tensor, *times: Tensor | None) -> None:
@@ -266,8 +144,10 @@ class HSTUEncoder(nn.Module):
                 f"{self.config.max_history_len}; keep the newest"
             )
 
-    def _places(self, offsets: Tensor, size: int, num_targets: Tensor | None) -> Tensor:
-        """int64 [size]: places of events in their histories, from the oldest on."""
+    def _places(self, offsets: Tensor, size: int, num_targets: Tensor | None) -> Tensor | None:
+        """int64 [size]: places of events in their histories, from the oldest on; None where none counts."""
+        if self.position_embedding is None:
+            return None
         lengths = offsets.diff()
         first = torch.repeat_interleave(offsets[:-1], lengths, output_size=size)
         place = torch.arange(size, device=offsets.device) - first
@@ -307,32 +187,127 @@ class HSTUEncoder(nn.Module):
         Raises ValueError as `layout` does, and for num_targets beside a layout.
         """
         if layout is None:
-            kind = x.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
             layout = self.layout(
-                offsets, timestamps, next_timestamps, dtype=dtype, num_targets=num_targets
+                offsets, timestamps, next_timestamps, dtype=self._dtype(x), num_targets=num_targets
             )
-            if x.shape != (int(offsets[-1]), self.config.dim):
-                raise ValueError(
-                    f"x must be [{int(offsets[-1])}, {self.config.dim}], the last of offsets by dim; got "
-                    f"{[*x.shape]}"
-                )
+            self._check_width(x, int(offsets[-1]), "the last of offsets")
         elif num_targets is not None:
             raise ValueError("num_targets is part of a layout; give it to layout() alone")
-        if self.position_embedding is not None:
-            x = x + self.position_embedding[self._places(offsets, len(x), layout.num_targets)]
-        for calendar, times, name in (
-            (self.calendar, timestamps, "timestamps"),
-            (self.next_calendar, next_timestamps, "next_timestamps"),
-        ):
-            if calendar is not None:
-                if times is None:
-                    raise ValueError(f"a calendar needs {name} (int64 [T], s)")
-                x = x + calendar(times)
-        x = self.dropout(x)
+        places = self._places(offsets, len(x), layout.num_targets)
+        x = self._tokens(x, places, timestamps, next_timestamps)
         for layer in self.layers:
             if self.recomputes and torch.is_grad_enabled():
                 x = checkpoint(layer, x, offsets, layout, use_reentrant=False)
             else:
                 x = layer(x, offsets, layout)
         return self.final_norm(x)
+
+    def _tokens(
+        self, x: Tensor, places: Tensor | None, timestamps: Tensor | None, next_times: Tensor | None
+    ) -> Tensor:
+        """What the first layer gets: x [n, D] with where and when they are."""
+        if self.position_embedding is not None and places is not None:
+            x = x + self.position_embedding[places]
+        for calendar, times, name in (
+            (self.calendar, timestamps, "timestamps"),
+            (self.next_calendar, next_times, "next_timestamps"),
+        ):
+            if calendar is not None:
+                if times is None:
+                    raise ValueError(f"a calendar needs {name} (int64 [T], s)")
+                x = x + calendar(times)
+        return self.dropout(x)
+
+    @torch.no_grad()
+    def encode_history(
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        timestamps: Tensor | None = None,
+        next_timestamps: Tensor | None = None,
+    ) -> EncodedHistory:
+        """Keys and values of all layers, to look at by any number of candidates: `encode_candidates`.
+
+        Arguments as of `forward`. With `query_time="next"` the next_timestamps of a user's newest event is
+        the time of the request, so that histories are encoded for each. Raises ValueError as `forward`, and
+        in training mode, whose dropout would be another one each time.
+        """
+        self._check_mode("encode_history")
+        layout = self.layout(offsets, timestamps, next_timestamps, dtype=self._dtype(x))
+        self._check_width(x, int(offsets[-1]), "the last of offsets")
+        x = self._tokens(x, self._places(offsets, len(x), None), timestamps, next_timestamps)
+        past = []
+        for layer in self.layers:
+            assert isinstance(layer, HSTULayer)
+            x, k, v = layer.of_history(x, offsets, layout)
+            past.append((k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()))
+        return EncodedHistory(offsets, timestamps, past)
+
+    @torch.no_grad()
+    def encode_candidates(
+        self, x: Tensor, num_candidates: Tensor, history: EncodedHistory, at: Tensor | None = None
+    ) -> Tensor:
+        """One vector for every candidate: [C, D], as `forward` with num_targets gives at the same times.
+
+        The cost grows with the candidates; BATCH_CANDIDATES of them go through the layers at a time
+        (arXiv 2402.17152, section 3.4, M-FALCON).
+
+        Args:
+            x: [C, D] item vectors, those of user 0 first. num_candidates: int64 [B], may hold zeros.
+            history: of the B users, by `encode_history` of these weights.
+            at: int64 [B] in s, the times of the requests; needed with `use_time_bias` or a calendar.
+
+        Raises ValueError for sizes that do not fit, times that are missing, and in training mode.
+        """
+        self._check_mode("encode_candidates")
+        num_users = len(history.offsets) - 1
+        for name, given in (("num_candidates", num_candidates), ("at", at)):
+            if given is not None and (given.dtype, given.shape) != (torch.int64, (num_users,)):
+                raise ValueError(
+                    f"{name} must be int64 [{num_users}], one a user of the history; got {given.dtype} "
+                    f"{[*given.shape]}"
+                )
+        if num_users and num_candidates.min() < 0:
+            raise ValueError(f"num_candidates must be at least 0; got {int(num_candidates.min())}")
+        self._check_width(x, int(num_candidates.sum()), "the sum of num_candidates")
+        if at is None and (self.config.use_time_bias or self.config.calendar != "none"):
+            raise ValueError(
+                "this encoder uses times: give at (int64 [B], s), those of the requests"
+            )
+        times = history.timestamps if self.config.use_time_bias else None
+        layout = candidate_layout(history.offsets, num_candidates, times, at, self.config.window)
+        lengths = history.offsets.diff().clamp(max=self.config.max_history_len - 1)
+        place, now = (
+            None
+            if one is None
+            else torch.repeat_interleave(one, num_candidates, output_size=len(x))
+            for one in (lengths, at)
+        )
+        found = []
+        for begin in range(0, len(x), BATCH_CANDIDATES):
+            rows = slice(begin, min(begin + BATCH_CANDIDATES, len(x)))
+            of_part = layout.part(rows)
+            part, when = x[rows], None if now is None else now[rows]
+            part = self._tokens(part, None if place is None else place[rows], when, when)
+            for layer, past in zip(self.layers, history.layers, strict=True):
+                assert isinstance(layer, HSTULayer)
+                part = layer.of_candidates(part, past, of_part)
+            found.append(self.final_norm(part))
+        return torch.cat(found) if found else x
+
+    def _check_mode(self, name: str) -> None:
+        if self.training:
+            raise ValueError(
+                f"{name} is for serving: call eval() first, or give num_targets to train on candidates"
+            )
+
+    def _check_width(self, x: Tensor, size: int, of: str) -> None:
+        if x.shape != (size, self.config.dim):
+            raise ValueError(
+                f"x must be [{size}, {self.config.dim}], {of} by dim; got {[*x.shape]}"
+            )
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        """Of the layers' products."""
+        kind = x.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

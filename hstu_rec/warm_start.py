@@ -24,8 +24,8 @@ from hstu_rec.checkpoint.saved_rows import SavedRows
 from hstu_rec.config import RunConfig, leaves, load
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.item_map import ITEM_MAP, MatchedItems, item_map_hash, keep_item_map, match_items
-from hstu_rec.encoder import Calendar
 from hstu_rec.item_table import draw_rows, has_rows, local_shards, shards_of
+from hstu_rec.layer import Calendar
 from hstu_rec.learner import Learner
 
 BLOCK_ROWS = 2**16

@@ -28,6 +28,7 @@ LAYERS = [
     {"bundle"},
     {"model", "hstu", "co_occurrence", "flops", "negatives"},
     {"encoder", "loss", "item_table", "seen"},
+    {"layer"},
     {"encoder_config"},
     {"ranking", "metrics"},
     {"softmax", "scores"},

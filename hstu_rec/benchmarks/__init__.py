@@ -4,6 +4,7 @@ from typing import Any
 
 from hstu_rec.benchmarks.attention import AttentionTimes, attention_times
 from hstu_rec.benchmarks.attention_tuning import OptionTimes, option_times
+from hstu_rec.benchmarks.candidates import CandidateTimes, candidate_times
 from hstu_rec.benchmarks.encoder import EncoderTimes, encoder_times
 from hstu_rec.benchmarks.guarding import guard_times
 from hstu_rec.benchmarks.loss import LossTimes, loss_times
@@ -21,6 +22,7 @@ MEASURES: dict[str, tuple[Any, Any]] = {
     "attention": (AttentionTimes, attention_times),
     "tune": (OptionTimes, option_times),
     "encoder": (EncoderTimes, encoder_times),
+    "candidates": (CandidateTimes, candidate_times),
     "loss": (LossTimes, loss_times),
     "ranking": (RankingTimes, ranking_times),
     "guards": (RunConfig, guard_times),

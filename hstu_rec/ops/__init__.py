@@ -5,6 +5,12 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from hstu_rec.ops.candidates import (
+    CandidateLayout,
+    KeysAndValues,
+    candidate_attention,
+    candidate_layout,
+)
 from hstu_rec.ops.grouped import grouped_layout
 from hstu_rec.ops.reference import (
     NUM_TIME_BUCKETS,
@@ -18,7 +24,11 @@ __all__ = [
     "NUM_TIME_BUCKETS",
     "AttentionKernel",
     "AttentionKind",
+    "CandidateLayout",
     "JaggedLayout",
+    "KeysAndValues",
+    "candidate_attention",
+    "candidate_layout",
     "jagged_attention",
     "jagged_attention_reference",
     "jagged_layout",
