@@ -93,6 +93,8 @@ def clean(
         typed["rating"] = _Column(
             value=f"TRY_CAST({_text(staged, 'rating')} AS DOUBLE)", kind="DOUBLE"
         )
+    features = [role for role in staged.types if role.startswith("feature_")]
+    typed |= {role: _feature_column(connection, staged, role) for role in features}
     values = ", ".join(f"{column.value} AS {role}" for role, column in typed.items())
     tests = _bad(staged, typed, time_unit)
     reasons = " ".join(f"WHEN {one.test} THEN '{one.reason}'" for one in tests)
@@ -283,6 +285,26 @@ def _tie_column(connection: duckdb.DuckDBPyConnection, staged: Staged) -> _Colum
     count, num_integers, num_numbers = _profile(connection, staged, "tie")
     kind = "BIGINT" if num_integers == count else "DOUBLE" if num_numbers == count else "VARCHAR"
     return _Column(value=f"TRY_CAST({text} AS {kind})", kind=kind)
+
+
+def _feature_column(connection: duckdb.DuckDBPyConnection, staged: Staged, role: str) -> _Column:
+    """A number that float32 holds, or a text."""
+    kind, value = staged.types[role], role
+    if kind.startswith("TIMESTAMP"):
+        raise ValueError(
+            f"{staged.files[0]}: column {staged.columns[role]!r} (feature_columns) holds timestamps; give "
+            "numbers or texts"
+        )
+    if kind == "VARCHAR":
+        return _Column(value=f"nullif({role}, '')", kind=kind)
+    if kind in ("TEXT", "JSON"):
+        text = f"nullif(trim({_text(staged, role)}), '')"
+        count, _, num_numbers = _profile(connection, staged, role)
+        if num_numbers < count:
+            return _Column(value=text, kind="VARCHAR")
+        value = f"TRY_CAST({text} AS DOUBLE)"
+    number = f"CAST({value} AS DOUBLE)"
+    return _Column(value=f"CASE WHEN abs({number}) <= 3.4e38 THEN {number} END", kind="DOUBLE")
 
 
 def _time_column(connection: duckdb.DuckDBPyConnection, staged: Staged) -> _Column:

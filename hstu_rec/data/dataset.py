@@ -4,6 +4,7 @@ items.parquet   one row an item    item_id | index | count | train_count
 counts.arrow    one row an item    train_count (by index) | by_train_count (indices, rarest first)
 users.arrow     one row a user     user_id | start | length | train_end | valid_end
 events.arrow    user after user    item | timestamp        (record batches of 2**22 rows)
+features.arrow  user after user    prepare's feature_columns, if any (likewise)
 
      user 0                user 1
 |<-- length[0] -->|<------- length[1] ------->|
@@ -22,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hstu_rec.data.features import FEATURES, schema_of
 from hstu_rec.data.mapped import OpenFiles, open_arrow, views, whole
 from hstu_rec.durable import digest_of
 
@@ -73,6 +75,8 @@ def read_stats(path: Path) -> dict[str, Any]:
     missing = [name for name in FILES if not (path / name).exists()]
     try:
         stats = {} if "stats.json" in missing else json.loads((path / "stats.json").read_text())
+        if stats.get("features") and not (path / FEATURES).exists():
+            missing.append(FEATURES)
     except ValueError as error:
         raise ValueError(
             f"{path}/stats.json is damaged ({error}); prepare the dataset again"
@@ -107,7 +111,8 @@ def check_fingerprint(path: Path, stats: dict[str, Any]) -> None:
 
 def digests(path: Path) -> dict[str, str]:
     """SHA-256 of each of a folder's mapped files, by name."""
-    return {name: digest_of(path / name)["sha256"] for name in MAPPED}
+    names = [*MAPPED, *([FEATURES] if (path / FEATURES).exists() else [])]
+    return {name: digest_of(path / name)["sha256"] for name in names}
 
 
 class Dataset:
@@ -125,7 +130,9 @@ class Dataset:
         self.path = Path(path)
         self.stats = read_stats(self.path)
         check_fingerprint(self.path, self.stats)
-        self._files = OpenFiles(self.path / name for name in MAPPED)
+        self.feature_names = [*self.stats.get("features", {})]
+        names = [*MAPPED, *([FEATURES] if self.feature_names else [])]
+        self._files = OpenFiles(self.path / name for name in names)
         users = open_arrow(self.path / "users.arrow")
         self._user_ids = users.column("user_id")
         self.starts, self.lengths, self.train_ends, self.valid_ends = (
@@ -140,6 +147,7 @@ class Dataset:
         events = open_arrow(self.path / "events.arrow")
         self._items, self._timestamps = (views(events.column(n)) for n in ("item", "timestamp"))
         self.num_events = len(events)
+        self._features = self._open_features()
         self.num_users = len(users)
         self.num_items = len(counts)
         found = {"users": self.num_users, "items": self.num_items, "events": self.num_events}
@@ -204,6 +212,30 @@ class Dataset:
         self._check_range("timestamp", timestamps, LATEST_S)
         return items, timestamps, offsets
 
+    def features(
+        self, users: np.ndarray, begins: np.ndarray, ends: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """float32 [T] of each of `feature_names`, for the events that `gather` gives; raises as it does."""
+        self._files.check()
+        rows, _ = places_of(self.starts[users] + begins, ends - begins)
+        found = {name: _take(chunks, rows) for name, chunks in self._features.items()}
+        for name, values in found.items():
+            if not np.isfinite(values).all():
+                self._refuse(FEATURES, f"column {name!r} holds NaN or infinity")
+        return found
+
+    def _open_features(self) -> dict[str, list[np.ndarray]]:
+        if not self.feature_names:
+            return {}
+        table = open_arrow(self.path / FEATURES)
+        if table.schema != schema_of(self.feature_names) or len(table) != self.num_events:
+            self._refuse(
+                FEATURES,
+                f"it holds {len(table):,} rows of {table.schema.names}, {self.num_events:,} float32 rows of "
+                f"{self.feature_names} are wanted",
+            )
+        return {name: views(table.column(name)) for name in self.feature_names}
+
     def _check_users(self) -> None:
         """Raises ValueError unless users' parts are those of all events, with their targets within."""
         ends = np.cumsum(self.lengths)
@@ -250,10 +282,13 @@ def places_of(begins: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _take(chunks: list[np.ndarray], rows: np.ndarray) -> np.ndarray:
-    """Values int64 at global `rows` of a column whose chunks, but the last, hold EVENT_CHUNK_ROWS."""
+    """Values at global `rows` of a column whose chunks, but the last, hold EVENT_CHUNK_ROWS; integers as
+    int64."""
+    kind = chunks[0].dtype
+    dtype = np.dtype(np.int64) if kind.kind == "i" else kind
     if len(chunks) == 1:
-        return chunks[0][rows].astype(np.int64)
-    taken = np.empty(len(rows), dtype=np.int64)
+        return chunks[0][rows].astype(dtype)
+    taken = np.empty(len(rows), dtype=dtype)
     chunk_of = rows // EVENT_CHUNK_ROWS
     for index in np.unique(chunk_of):
         here = chunk_of == index

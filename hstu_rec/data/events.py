@@ -7,7 +7,7 @@
 Numbers rise with the own ids, so that indices do not depend on the order of rows or files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
 import duckdb
@@ -15,10 +15,15 @@ import duckdb
 from hstu_rec.data.clean import Cleaned
 from hstu_rec.data.database import row, scalar
 from hstu_rec.data.dataset import MAX_ITEMS
+from hstu_rec.data.features import number_texts
 
 
-def number(connection: duckdb.DuckDBPyConnection, cleaned: Cleaned) -> tuple[int, int]:
+def number(
+    connection: duckdb.DuckDBPyConnection, cleaned: Cleaned, features: dict[str, str]
+) -> tuple[int, int]:
     """Makes the table `events`, in numbers, of the view `kept`; drops what that was made of.
+
+    features: names of their columns, by role.
 
     Numbers are in the order of the ids: integers by value, strings by bytes. Returns how many users and
     items there are.
@@ -29,8 +34,10 @@ def number(connection: duckdb.DuckDBPyConnection, cleaned: Cleaned) -> tuple[int
             f"FROM (SELECT DISTINCT {role} AS id FROM kept ORDER BY id)"
         )
     tie = ", tie" if cleaned.has_tie else ""
+    numbers = number_texts(connection, features).items()
+    also = "".join(f", {value} AS {role}" for role, value in numbers)
     connection.execute(
-        f"CREATE TABLE events AS SELECT u.code AS user, i.code AS item, time{tie}, seq "
+        f"CREATE TABLE events AS SELECT u.code AS user, i.code AS item, time{tie}{also}, seq "
         "FROM kept k JOIN user_ids u ON k.user = u.id JOIN item_ids i ON k.item = i.id"
     )
     connection.execute("DROP VIEW kept; DROP VIEW typed; DROP TABLE staged; CHECKPOINT")
@@ -104,12 +111,14 @@ def order(
     connection: duckdb.DuckDBPyConnection,
     cleaned: Cleaned,
     cut: tuple[int, int] | None,
+    features: Iterable[str] = (),
     *,
     has_targets: bool = True,
 ) -> str:
     """Makes the tables users and items; returns the query of the events, user after user in order.
 
     `cut` holds the times at which validation and test begin; None is leave-one-out, or without targets.
+    features: roles of their columns.
     Raises ValueError when there are too many items, or no targets.
     """
     if not has_targets:
@@ -138,8 +147,9 @@ def order(
         raise ValueError(f"{num_items:,} items are more than {MAX_ITEMS:,}; raise min_item_events")
     if has_targets:
         _check_targets(connection, cut)
+    also = "".join(f", e.{role}::FLOAT AS {role}" for role in features)
     return (
-        f"SELECT i.place::INTEGER AS item, ({cleaned.seconds})::BIGINT AS timestamp, time "
+        f"SELECT i.place::INTEGER AS item, ({cleaned.seconds})::BIGINT AS timestamp, time{also} "
         "FROM events e JOIN items i ON e.item = i.code "
         f"ORDER BY e.user, time, {'tie, ' if cleaned.has_tie else ''}seq"
     )

@@ -1,12 +1,13 @@
 """The files of a dataset folder, streamed out of DuckDB.
 
 users(user_id, start, length, train_end, valid_end)          --> users.arrow
-a query of item, timestamp, time: user after user, in order  --> events.arrow, counts.arrow
+a query of item, timestamp, time: user after user, in order  --> events.arrow, counts.arrow, features.arrow
 items(place, item_id)                                        --> items.parquet
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 
 from hstu_rec.data import dataset
 from hstu_rec.data.database import row
+from hstu_rec.data.features import FEATURES, schema_of
 from hstu_rec.data.mapped import arrow_writer
 from hstu_rec.data.own_ids import hash_items
 from hstu_rec.data.tally import Tally
@@ -35,19 +37,30 @@ def write_users(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
         writer.write_table(users.combine_chunks())
 
 
-def write_events(connection: duckdb.DuckDBPyConnection, query: str, folder: Path) -> Tally:
-    """Writes events.arrow and counts.arrow; the tables users and items tell how many there are.
+def write_events(
+    connection: duckdb.DuckDBPyConnection, query: str, folder: Path, features: Sequence[str] = ()
+) -> Tally:
+    """Writes events.arrow, counts.arrow and, with `features`, the file of those; the tables users and items
+    tell how many there are.
 
-    query: item int32, timestamp int64 s, and time, the same in the precision of the input.
+    query: item int32, timestamp int64 s, time, the same in the precision of the input, and float32 a feature.
     """
     marks = connection.sql("SELECT length, train_end FROM users ORDER BY start").fetchnumpy()
     num_items = row(connection, "SELECT count(*) FROM items")[0]
     tally = Tally(num_items, marks["length"], marks["train_end"])
     reader = connection.sql(query).to_arrow_reader(min(dataset.EVENT_CHUNK_ROWS, READ_ROWS))
     schema = pa.schema([("item", pa.int32()), ("timestamp", pa.int64())])
-    with arrow_writer(folder / "events.arrow", schema) as writer:
+    of_features = schema_of([*features])
+    with ExitStack() as files:
+        events = files.enter_context(arrow_writer(folder / "events.arrow", schema))
+        beside = None
+        if features:
+            beside = files.enter_context(arrow_writer(folder / FEATURES, of_features))
         for batch in _rechunked(_tallied(reader, tally), dataset.EVENT_CHUNK_ROWS):
-            writer.write_batch(batch)
+            events.write_batch(batch.select(schema.names))
+            if beside is not None:
+                columns = batch.columns[len(schema) :]
+                beside.write_batch(pa.record_batch(columns, schema=of_features))
     # One batch, so that the columns can be mapped as they are.
     counts = pa.record_batch(
         {"train_count": tally.train_counts, "by_train_count": dataset.by_count(tally.train_counts)}
@@ -61,7 +74,7 @@ def _tallied(reader: pa.RecordBatchReader, tally: Tally) -> Iterator[pa.RecordBa
     """The batches, counted, with the columns that are written."""
     for batch in reader:
         tally.add(*(batch.column(name).to_numpy() for name in ("item", "timestamp", "time")))
-        yield batch.select(["item", "timestamp"])
+        yield batch.drop_columns(["time"])
 
 
 def write_items(connection: duckdb.DuckDBPyConnection, tally: Tally, folder: Path) -> None:

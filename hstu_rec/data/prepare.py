@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from hstu_rec.data import dataset
 from hstu_rec.data.clean import BadRows, Cleaned, TimeUnit, clean
 from hstu_rec.data.database import MEMORY_LIMIT, database
 from hstu_rec.data.events import count, cut_times, drop_rare, drop_repeats, number, order
+from hstu_rec.data.features import facts_of, roles_of
 from hstu_rec.data.folder import measure, write_events, write_items, write_stats, write_users
 from hstu_rec.data.sources import PRESETS, PresetName, find_files, stage
 from hstu_rec.durable import make_folder, sync
@@ -48,6 +49,8 @@ class PrepareConfig:
     """Column of numbers (see time_unit), timestamps or ISO dates (UTC); default `timestamp`."""
     tie_column: str | None = None
     """Orders a user's events of one time; default: the order of the rows in the input."""
+    feature_columns: list[str] = field(default_factory=list)
+    """Columns that events carry for ranking models: numbers (ratings, prices) or texts of few values."""
     rating_column: str | None = None
     """Column of ratings, read for min_rating only; default `rating` or the preset's."""
     time_unit: TimeUnit = "auto"
@@ -89,6 +92,10 @@ class PrepareConfig:
         if self.drop_repeats:
             found += without_effect(self, "beside drop_repeats", "drop_duplicates")
         names = list(self.columns().values())
+        features = self.feature_columns
+        if len(set(features)) < len(features):
+            found.append(f"feature_columns must differ; got {', '.join(features)}")
+        names = [name for name in names if name not in features]
         if len(set(names)) < len(names):
             found.append(f"user_column, item_column, ... must differ; got {', '.join(names)}")
         if self.rating_column is not None and self.min_rating is None:
@@ -124,7 +131,7 @@ class PrepareConfig:
         }
         if self.min_rating is None:
             names.pop("rating")
-        return names
+        return names | roles_of(self.feature_columns)
 
 
 def prepare(
@@ -179,15 +186,16 @@ def _make(
             bad_rows=config.bad_rows,
         )
     with stages.stage("number ids"):
-        users_read, items_read = number(connection, cleaned)
+        features = roles_of(config.feature_columns)
+        users_read, items_read = number(connection, cleaned, features)
     with stages.stage("filter"):
         dropped = cleaned.dropped | _filter(connection, config, cleaned)
     with stages.stage("split"):
         cut = _cut(connection, config, cleaned)
-        ordered = order(connection, cleaned, cut, has_targets=config.split != "none")
+        ordered = order(connection, cleaned, cut, features, has_targets=config.split != "none")
     with stages.stage("order, write"):
         write_users(connection, folder)
-        tally = write_events(connection, ordered, folder)
+        tally = write_events(connection, ordered, folder, [*features.values()])
     with stages.stage("measure"):
         write_items(connection, tally, folder)
         measured = measure(connection, tally)
@@ -200,6 +208,7 @@ def _make(
         "users_read": users_read,
         "items_read": items_read,
         "dropped": dropped,
+        "features": facts_of(connection, features),
         "time_unit": cleaned.time_unit,
         "split": {"kind": config.split} | split,
         "files": [path.name for path in files],

@@ -257,7 +257,7 @@ def _relation(
             if names == ["json"] and "json" not in columns.values():
                 raise ValueError(f"{path} has lines that are no objects; write one object a line")
             _require(path, columns, names)
-            shape = ", ".join(f"{_name(name)}: 'JSON'" for name in columns.values())
+            shape = ", ".join(f"{_name(name)}: 'JSON'" for name in dict.fromkeys(columns.values()))
             relation = f"read_json({file}, {options}, auto_detect=false, columns={{{shape}}})"
             return relation, dict.fromkeys(columns, "JSON")
         case "csv":
@@ -357,7 +357,8 @@ def _require(path: Path, columns: dict[str, str], present: list[str]) -> None:
         hint = f"; nearest: {lowered[near[0]]!r}" if near else ""
         has_value = any(re.fullmatch(r"-?[0-9]+(\.[0-9]*)?", one) for one in present)
         is_event = SUFFIXES[_suffix(path)] == "csv" and has_value
-        advice = f"set {role}_column=NAME"
+        is_feature = role.startswith("feature_")
+        advice = "look at feature_columns" if is_feature else f"set {role}_column=NAME"
         if is_event and not set(columns.values()) & set(present):
             names = ",".join(columns.values())
             advice = (

@@ -1,0 +1,66 @@
+"""What events carry beside item and time: prepare's feature_columns, for ranking models.
+
+features.arrow   one row an event, in the order of events.arrow; float32 columns by name. A text is its place
+                 among the column's values, which stats.json lists, by bytes.
+"""
+
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from hstu_rec.data.database import row, scalar
+
+FEATURES = "features.arrow"
+# Of texts: what is worth a row of a small table each.
+MAX_VALUES = 2**16
+
+
+def roles_of(names: list[str]) -> dict[str, str]:
+    """The column's name by its role, which is its name in SQL."""
+    return {f"feature_{place}": name for place, name in enumerate(names)}
+
+
+def schema_of(names: list[str]) -> pa.Schema:
+    """Of features.arrow."""
+    return pa.schema([(name, pa.float32()) for name in names])
+
+
+def number_texts(connection: duckdb.DuckDBPyConnection, roles: dict[str, str]) -> dict[str, str]:
+    """SQL of each role's number in the view `kept`; makes tables of the values of texts.
+
+    Raises ValueError for a column of more than MAX_VALUES texts.
+    """
+    kinds = {name: kind for name, kind, *_ in connection.execute("DESCRIBE kept").fetchall()}
+    found = {}
+    for role, name in roles.items():
+        found[role] = f"k.{role}"
+        if kinds[role] != "VARCHAR":
+            continue
+        connection.execute(
+            f"CREATE TABLE values_{role} AS SELECT row_number() OVER () - 1 AS place, value "
+            f"FROM (SELECT DISTINCT {role} AS value FROM kept ORDER BY value)"
+        )
+        count = scalar(connection, f"SELECT count(*) FROM values_{role}")
+        if count > MAX_VALUES:
+            raise ValueError(
+                f"feature_columns: {name!r} holds {count:,} different texts, more than {MAX_VALUES:,}; give "
+                "a column of numbers, or of fewer values"
+            )
+        found[role] = f"(SELECT place::DOUBLE FROM values_{role} WHERE value = k.{role})"
+    return found
+
+
+def facts_of(connection: duckdb.DuckDBPyConnection, roles: dict[str, str]) -> dict[str, Any]:
+    """What stats.json tells of the features of the table `events`, by name: the values of texts, or the
+    least, the largest and the mean of numbers."""
+    tables = {name for (name, *_) in connection.execute("SHOW TABLES").fetchall()}
+    found: dict[str, Any] = {}
+    for role, name in roles.items():
+        if f"values_{role}" in tables:
+            values = connection.execute(f"SELECT value FROM values_{role} ORDER BY place")
+            found[name] = {"values": [value for (value,) in values.fetchall()]}
+        else:
+            marks = row(connection, f"SELECT min({role}), max({role}), avg({role}) FROM events")
+            found[name] = dict(zip(("min", "max", "mean"), marks, strict=True))
+    return found

@@ -1,0 +1,149 @@
+"""prepare's feature_columns: what events carry, in their order, or an error that says what to do."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pc_csv
+import pyarrow.parquet as pq
+import pytest
+
+from hstu_rec.data import dataset as dataset_module
+from hstu_rec.data import features as features_module
+from hstu_rec.data.check import check
+from hstu_rec.data.dataset import Dataset
+from hstu_rec.data.prepare import PrepareConfig, prepare
+
+NAMES = ["stars", "device"]
+
+
+def events(**changed: Any) -> pa.Table:
+    """200 rows of 9 users in no order; what each carries is a function of user and time."""
+    random = np.random.default_rng(3)
+    user, at = random.integers(0, 9, 200), random.permutation(200)
+    columns = {
+        "user_id": [f"u{one}" for one in user],
+        "item_id": random.integers(0, 30, 200),
+        "timestamp": 1_300_000_000 + at,
+        "stars": (at % 11) / 2 - 1,
+        "device": [("phone", "Äpp", "tv")[one % 3] for one in at],
+    }
+    return pa.table(columns | changed)
+
+
+def written(folder: Path, table: pa.Table, kind: str) -> Path:
+    path = folder / f"events.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    elif kind == "csv":
+        pc_csv.write_csv(table, path)
+    else:
+        table.to_pandas().to_json(path, orient="records", lines=True)
+    return path
+
+
+def prepared(folder: Path, table: pa.Table, kind: str = "parquet", **options: Any) -> Dataset:
+    config = PrepareConfig(**{"feature_columns": NAMES, "min_user_events": 1} | options)
+    prepare(config, written(folder, table, kind), folder / "data")
+    return Dataset(folder / "data")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "json"])
+@pytest.mark.parametrize("chunk_rows", [2**22, 64])
+def test_every_event_keeps_what_it_carries(tmp_path, kind, chunk_rows, monkeypatch):
+    monkeypatch.setattr(dataset_module, "EVENT_CHUNK_ROWS", chunk_rows)
+    data = prepared(tmp_path, events(), kind)
+    users = np.arange(data.num_users)
+    none = np.zeros(data.num_users, dtype=np.int64)
+    _, times, _ = data.gather(users, none, data.lengths)
+    found = data.features(users, none, data.lengths)
+    at = times - 1_300_000_000
+    assert [*found] == NAMES and {one.dtype for one in found.values()} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(found["stars"], ((at % 11) / 2 - 1).astype(np.float32))
+    # Texts are places in the order of their bytes: phone, tv, Äpp.
+    np.testing.assert_array_equal(found["device"], np.array([0, 2, 1])[at % 3])
+    assert data.stats["features"]["device"] == {"values": ["phone", "tv", "Äpp"]}
+    assert data.stats["features"]["stars"]["max"] == 4.0
+    part = data.features(users[2:4], none[2:4] + 1, none[2:4] + 3)
+    begin = data.starts[2] + 1
+    assert part["stars"].tolist()[:2] == found["stars"].tolist()[begin : begin + 2]
+    assert check(tmp_path / "data")["mapped"] == data.stats["mapped"]
+
+
+def test_a_rating_may_be_a_limit_and_a_feature(tmp_path):
+    for kind in ("parquet", "csv", "json"):
+        (tmp_path / kind).mkdir()
+        data = prepared(
+            tmp_path / kind,
+            events(),
+            kind,
+            rating_column="stars",
+            min_rating=2.0,
+            feature_columns=["stars"],
+        )
+        assert data.stats["features"]["stars"]["min"] == 2.0
+        assert 0 < data.num_events < 200
+
+
+def test_without_features_there_is_no_file(tmp_path):
+    data = prepared(tmp_path, events(), feature_columns=[])
+    assert data.feature_names == [] and not (tmp_path / "data" / "features.arrow").exists()
+    none = np.zeros(1, dtype=np.int64)
+    assert data.features(none, none, none + 1) == {}
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"stars": pa.array([None, *[1.0] * 199])}, "1 row with null stars"),
+        ({"stars": [float("nan")] * 2 + [1.0] * 198}, "2 rows with unreadable stars"),
+        ({"stars": [1e300] + [1.0] * 199}, "1 row with unreadable stars"),
+        ({"device": ["", *["tv"] * 199]}, "1 row with empty device"),
+        ({"device": pa.array([0] * 200, pa.timestamp("s"))}, "'device' .* holds timestamps"),
+        ({"device": pa.array([[0]] * 200)}, "column 'device' has type"),
+    ],
+)
+def test_what_is_no_number_or_text_is_told(tmp_path, changed, told):
+    with pytest.raises(ValueError, match=told):
+        prepared(tmp_path, events(**changed))
+
+
+def test_rows_without_a_feature_can_be_dropped(tmp_path):
+    stars = [float("nan"), *[1.0] * 199]
+    data = prepared(tmp_path, events(stars=stars), bad_rows="drop")
+    assert data.stats["dropped"] == {"unreadable stars": 1} and data.num_events == 199
+
+
+def test_a_column_of_too_many_texts_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(features_module, "MAX_VALUES", 2)
+    with pytest.raises(ValueError, match="'device' holds 3 different texts, more than 2"):
+        prepared(tmp_path, events())
+
+
+def test_columns_must_be_there_and_differ(tmp_path):
+    with pytest.raises(ValueError, match=r"feature_columns must differ; got stars, stars"):
+        prepared(tmp_path, events(), feature_columns=["stars", "stars"])
+    with pytest.raises(
+        ValueError, match=r"column 'star' is missing; nearest: 'stars'; .* look at feature_columns"
+    ):
+        prepared(tmp_path, events(), feature_columns=["star"])
+
+
+def test_a_changed_file_of_features_is_refused(tmp_path):
+    data = prepared(tmp_path, events())
+    path = data.path / "features.arrow"
+    kept = path.read_bytes()
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"features\.arrow missing"):
+        Dataset(data.path)
+    wrong = pa.table({"stars": pa.array([1.0] * 200, pa.float32())})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, wrong.schema) as writer:
+        writer.write_table(wrong)
+    with pytest.raises(ValueError, match=r"features\.arrow has been changed: it holds 200 rows of"):
+        Dataset(data.path)
+    damaged = bytearray(kept)
+    damaged[600] ^= 1
+    path.write_bytes(bytes(damaged))
+    with pytest.raises(ValueError, match=r"features\.arrow: not as when stats\.json was written"):
+        check(data.path)
