@@ -158,12 +158,7 @@ class Learner:
         factor = rate_factor(self.config.optim, step, self.num_steps_planned)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.optim.lr * factor * group["rate"]
-        rate, fused = self.config.table.lr * factor, self.model.fused_optimizer
-        groups: Any = fused.param_groups
-        if any(group["lr"] != rate for group in groups):
-            for group in groups:
-                group["lr"] = rate
-            fused.step()  # changes no weight: it hands the rate to the kernels
+        set_table_rate(self.model, self.config.table.lr * factor)
 
     def continue_at(self, step: int) -> None:
         """Tells the table's optimizer how many steps its loaded state has seen (Adam's correction)."""
@@ -202,6 +197,15 @@ def check_graphs(config: RunConfig, device: torch.device) -> None:
             "train.cuda_graphs is for one process on CUDA with the attention kernel triton; got "
             f"{ranks} processes on {device.type} with {kernel}; set it to false"
         )
+
+
+def set_table_rate(sharded: Any, rate: float) -> None:
+    """The learning rate of the rows of a sharded model's table, from the next forward on."""
+    fused = sharded.fused_optimizer
+    if any(group["lr"] != rate for group in fused.param_groups):
+        for group in fused.param_groups:
+            group["lr"] = rate
+        fused.step()  # changes no weight: it hands the rate to the kernels
 
 
 def rate_factor(config: OptimConfig, step: int, num_steps: int) -> float:

@@ -113,20 +113,18 @@ def order(
     cut: tuple[int, int] | None,
     features: Iterable[str] = (),
     *,
-    has_targets: bool = True,
+    ends: tuple[str, str] | None,
 ) -> str:
     """Makes the tables users and items; returns the query of the events, user after user in order.
 
-    `cut` holds the times at which validation and test begin; None is leave-one-out, or without targets.
+    cut: the times at which validation and test begin, or `ends`: SQL of train_end and valid_end.
     features: roles of their columns.
     Raises ValueError when there are too many items, or no targets.
     """
-    if not has_targets:
-        train_end = valid_end = "count(*)"
-    elif cut is None:
-        train_end, valid_end = leave_one_out("count(*)")
-    else:
-        train_end, valid_end = (f"count(*) FILTER ({cleaned.seconds} < {time})" for time in cut)
+    # One of the two is given.
+    train_end, valid_end = ends or (
+        f"count(*) FILTER ({cleaned.seconds} < {time})" for time in cut or ()
+    )
     connection.execute(
         f"""CREATE TABLE users AS
             SELECT id AS user_id, length, train_end, valid_end,
@@ -145,7 +143,7 @@ def order(
     num_items = scalar(connection, "SELECT count(*) FROM items")
     if num_items > MAX_ITEMS:
         raise ValueError(f"{num_items:,} items are more than {MAX_ITEMS:,}; raise min_item_events")
-    if has_targets:
+    if train_end != "count(*)":
         _check_targets(connection, cut)
     also = "".join(f", e.{role}::FLOAT AS {role}" for role in features)
     return (
@@ -160,7 +158,7 @@ def _check_targets(connection: duckdb.DuckDBPyConnection, cut: tuple[int, int] |
     num_valid, num_tests = num_targets(connection)
     if num_tests == 0:
         reason = (
-            "every user has fewer than 3 events"
+            "every user has fewer than 3 events, or too few for the fractions"
             if cut is None
             else f"no user has an event before and one at {cut[1]} s or later"
         )

@@ -26,7 +26,15 @@ import duckdb
 from hstu_rec.data import dataset
 from hstu_rec.data.clean import BadRows, Cleaned, TimeUnit, clean
 from hstu_rec.data.database import MEMORY_LIMIT, database
-from hstu_rec.data.events import count, cut_times, drop_rare, drop_repeats, number, order
+from hstu_rec.data.events import (
+    count,
+    cut_times,
+    drop_rare,
+    drop_repeats,
+    leave_one_out,
+    number,
+    order,
+)
 from hstu_rec.data.features import facts_of, roles_of
 from hstu_rec.data.folder import measure, write_events, write_items, write_stats, write_users
 from hstu_rec.data.sources import PRESETS, PresetName, find_files, stage
@@ -69,17 +77,18 @@ class PrepareConfig:
     """Users with fewer events are left out."""
     kcore: int = 0
     """Leaves out users and items with fewer events, over and over until none is left; 0: off."""
-    split: Literal["leave_one_out", "time", "none"] = "leave_one_out"
-    """Last event = test and one before = validation, or first events after two points in time; with none
-    there are no targets, for histories that are recommended to and not trained on."""
+    split: Literal["leave_one_out", "share", "time", "none"] = "leave_one_out"
+    """Last event = test and one before = validation; with share the newest valid_fraction and test_fraction
+    of each user's events; with time the first events after two points in time; with none there are no
+    targets, for histories that are recommended to and not trained on."""
     valid_time: str | None = None
     """split=time: training ends before this ISO date (UTC) or unix second."""
     test_time: str | None = None
     """split=time: validation ends before this ISO date (UTC) or unix second."""
     valid_fraction: float = 0.1
-    """split=time without times: share of the events in the validation part."""
+    """split=time without times, and share: part of the events that is for validation."""
     test_fraction: float = 0.1
-    """split=time without times: share of the events in the test part."""
+    """split=time without times, and share: part of the events that is for test."""
     memory_limit: str = MEMORY_LIMIT
     """Memory DuckDB may take, such as 4GB or a share of the machine's; the rest is kept on disk."""
     overwrite: bool = False
@@ -102,7 +111,7 @@ class PrepareConfig:
             found.append("rating_column has no effect without min_rating; give both or neither")
         fractions = "valid_fraction", "test_fraction"
         found += within(self, "(0, 1)", *fractions)
-        if self.split != "time":
+        if self.split not in ("time", "share"):
             found += without_effect(self, f"with split={self.split}", *fractions)
         elif self.valid_time is not None:
             found += without_effect(self, "beside valid_time and test_time", *fractions)
@@ -192,7 +201,7 @@ def _make(
         dropped = cleaned.dropped | _filter(connection, config, cleaned)
     with stages.stage("split"):
         cut = _cut(connection, config, cleaned)
-        ordered = order(connection, cleaned, cut, features, has_targets=config.split != "none")
+        ordered = order(connection, cleaned, cut, features, ends=_ends(config))
     with stages.stage("order, write"):
         write_users(connection, folder)
         tally = write_events(connection, ordered, folder, [*features.values()])
@@ -311,6 +320,19 @@ def _cut(
     if config.valid_time is not None and config.test_time is not None:
         return _seconds(config.valid_time), _seconds(config.test_time)
     return cut_times(connection, cleaned.seconds, config.valid_fraction, config.test_fraction)
+
+
+def _ends(config: PrepareConfig) -> tuple[str, str] | None:
+    """SQL of train_end and valid_end, by the number of a user's events; None where times split."""
+    length = "count(*)"
+    if config.split == "share":
+        later = config.valid_fraction + config.test_fraction, config.test_fraction
+        # Decimals of few digits: 0.7 of 10 events is 7.
+        first, second = (
+            f"({length} - floor({length} * {share:.9f} + 1e-6)::BIGINT)" for share in later
+        )
+        return first, second
+    return {"leave_one_out": leave_one_out(length), "none": (length, length)}.get(config.split)
 
 
 def _filter(

@@ -1,0 +1,11 @@
+"""A ranking model: what a user will do with an item, by the user's history and the item (arXiv 2402.17152).
+
+features   what events carry, added to the rows of items      windows  parts of histories, and what is scored
+model      RankingModel: HSTU or a pooled history, and heads  scoring  AUC, normalised entropy, GAUC
+training   train_ranker: epochs, validation, test, report
+"""
+
+from hstu_rec.ranker.features import EventFeatures, Feature
+from hstu_rec.ranker.model import CachedHistory, RankerConfig, RankingModel
+
+__all__ = ["CachedHistory", "EventFeatures", "Feature", "RankerConfig", "RankingModel"]
