@@ -130,6 +130,7 @@ def test_a_wrong_setting_of_an_app_is_a_sentence(form: str) -> None:
 
 POSITIONALS = {
     "train": [],
+    "train_ranker": [],
     "prepare": ["in", "out"],
     "evaluate": ["{run}"],
     "benchmark": ["step"],

@@ -90,11 +90,10 @@ def clean(
     if "tie" in staged.types:
         typed["tie"] = _tie_column(connection, staged)
     if "rating" in staged.types:
-        typed["rating"] = _Column(
-            value=f"TRY_CAST({_text(staged, 'rating')} AS DOUBLE)", kind="DOUBLE"
-        )
-    features = [role for role in staged.types if role.startswith("feature_")]
-    typed |= {role: _feature_column(connection, staged, role) for role in features}
+        value = f"TRY_CAST({_text(staged, 'rating')} AS DOUBLE)"
+        typed["rating"] = _Column(value=value, kind="DOUBLE")
+    for role in (one for one in staged.types if one.startswith("feature_")):
+        typed[role] = _feature_column(connection, staged, role)
     values = ", ".join(f"{column.value} AS {role}" for role, column in typed.items())
     tests = _bad(staged, typed, time_unit)
     reasons = " ".join(f"WHEN {one.test} THEN '{one.reason}'" for one in tests)

@@ -229,9 +229,9 @@ class Job:
         return time.monotonic() - began_at
 
     def left_behind(self) -> list[str]:
-        """Temporary files, and shared memory that is new and that no process comes to use within 5 s."""
+        """Temporary files, and shared memory that is new and that no process uses or removes within 30 s."""
         new = {str(one) for one in SHARED_MEMORY.iterdir() if one not in self._shared}
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while new and time.monotonic() < deadline:  # other programs make and remove theirs
             pids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
             used = set().union(*map(shared_files, pids))
