@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hstu_rec"
 
 # Highest first; a module imports only from layers below its own. benchmarks, ranker, data and ops are
-# packages of modules that may import each other without a cycle. The lazy names of hstu_rec/__init__.py are no
+# packages of modules that may import each other without a cycle. Lazy names of hstu_rec/__init__.py are no
 # imports.
 LAYERS = [
     {"benchmarks", "recommender", "ranker"},
