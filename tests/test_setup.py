@@ -50,6 +50,11 @@ def test_the_cpu_environment_is_pinned_and_holds_nothing_of_cuda(install: Module
     assert (pinned["fbgemm-gpu-cpu"], pinned["torchrec"]) == TRIPLES[install.TORCH[:4]]
 
 
+def test_what_tests_and_the_site_need_beside_it_is_pinned_once() -> None:
+    names = [name for file in ("cpu.txt", "dev.txt", "docs.txt") for name in pins(file)]
+    assert len(names) == len(set(names))
+
+
 def test_the_cuda_requirements_are_a_triple_that_works() -> None:
     pinned = pins("cuda.txt")
     release = ".".join(pinned["torch"].split(".")[:2])
