@@ -2,6 +2,8 @@
 # make test: the same environment, all tests but the slow ones.
 # make test-faults: faults injected, slow ones too, and the table of them, faults.md.
 # make test-soak: an hour of training, 500 fits.
+# make env: the environment alone. make docs: the site, site/index.html. make wheel: dist/*.whl.
+# make hooks: lint and types before every commit.
 ifndef PYTHON
 PYTHON := $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$name && break; done)
@@ -12,10 +14,12 @@ export OMP_NUM_THREADS ?= 1
 # Packages of another environment must not come before the pinned ones.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: demo test test-faults test-soak lint types clean
+.PHONY: demo env test test-faults test-soak lint types docs notebook wheel hooks clean
 
 demo: .venv/.stamp
 	$(BIN)/torchx run -s local_cwd dist.ddp -j 1x2 apps/train.py configs/demo.yaml
+
+env: .venv/.stamp
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not soak"
@@ -33,6 +37,23 @@ lint: .venv/.stamp
 types: .venv/.dev
 	$(BIN)/pyright
 
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# Writes the outputs of now into docs/example.ipynb.
+notebook: .venv/.docs
+	$(BIN)/python docs/pages.py
+
+wheel: .venv/.stamp
+	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
+
+hooks: .venv/.docs
+	$(BIN)/pre-commit install
+
+.venv/.docs: .venv/.dev requirements/docs.txt
+	$(BIN)/pip install -qq --no-deps -r requirements/docs.txt
+	touch $@
+
 .venv/.dev: .venv/.stamp requirements/dev.txt
 	$(BIN)/pip install -qq --no-deps -r requirements/dev.txt
 	touch $@
@@ -48,4 +69,4 @@ types: .venv/.dev
 	touch $@
 
 clean:
-	rm -rf .venv runs data/demo
+	rm -rf .venv runs data/demo site dist build

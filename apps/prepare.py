@@ -8,7 +8,7 @@ overwrite=true. `help` lists the keys. For example
 
     python apps/prepare.py reviews_Beauty_5.json.gz data/beauty preset=amazon2014 kcore=5
 
-`check` looks whether a folder, by this or by another engine, keeps the specification in the README, and
+`check` looks whether a folder, by this or by another engine, keeps the specification of docs/own-data.md, and
 makes the mapped files of one that has items.parquet and sequences.parquet alone.
 """
 

@@ -127,10 +127,10 @@ class TrainConfig:
     """Goes on also where settings or data are not those that the checkpoint was trained with; each change
     is told, and an epoch whose batches are others begins again."""
     warm_start: str = ""
-    """Run whose best checkpoint, or RUN/checkpoints/step_<number>, that this run begins as, with another
+    """Run whose best checkpoint, or `RUN/checkpoints/step_<number>`, that this run begins as, with another
     catalogue: items of the same own id keep their rows; for the others see table.new_rows."""
     run_dir: str = ""
-    """Folder of the run; runs/<time>-<name> when empty."""
+    """Folder of the run; `runs/<time>-<name>` when empty."""
     log_every_steps: int = 50
     """Steps between rows of metrics.jsonl."""
 

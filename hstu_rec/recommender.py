@@ -53,10 +53,10 @@ class Recommender:
         model = Recommender().fit(events)            # user_id | item_id | timestamp
         model.recommend(events, k=10)                # user_id | rank | item_id | score
 
-    Its defaults are the recipe that the README's figures of small catalogues are of; up to 100,000 items
-    every item is a negative, beyond that 8192 that are drawn. In a job of several processes (torchrun,
-    torchx) every process calls the same, `fit` shards the table over them, and afterwards each holds the
-    whole model.
+    Its defaults are the recipe that the figures of small catalogues in docs/measured.md are of; up to
+    100,000 items every item is a negative, beyond that 8192 that are drawn. In a job of several processes
+    (torchrun, torchx) every process calls the same, `fit` shards the table over them, and afterwards each
+    holds the whole model.
 
     Args:
         dim: width of item vectors and encoder. num_layers, num_heads: of the encoder.
@@ -195,7 +195,7 @@ class Recommender:
         self, item_ids: Sequence[Any] | pa.Array, k: int = 10, *, on_unknown: OnUnknown = "warn"
     ) -> Any:
         """The k items whose vectors have the highest cosine with those of each of `item_ids`: item id | rank
-        | similar_<item id> | score."""
+        | `similar_<item id>` | score."""
         answer = self.model.similar_items(item_ids, k, on_unknown=on_unknown)
         names = [self.columns.item, "rank", f"similar_{self.columns.item}", "score"]
         return as_kind(answer.rename_columns(names), self._kind)

@@ -120,7 +120,7 @@ def _gone_on_with(config: RunConfig) -> RunConfig:
 
 
 def _run_folder(config: RunConfig) -> Path:
-    """train.run_dir, or runs/<time>-<name>, the same on every rank.
+    """train.run_dir, or `runs/<time>-<name>`, the same on every rank.
 
     Raises ValueError on all ranks when another run is there already, or train.resume is nowhere.
     """

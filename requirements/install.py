@@ -59,10 +59,13 @@ def main() -> None:
     """Installs torch and the pins beside this file, then checks the build that is there."""
     print(f"installing torch {TORCH}+cpu and requirements/cpu.txt, about a minute", flush=True)
     install_torch()
-    # --no-deps: torchrec asks for an unpinned fbgemm-gpu, which is the CUDA build.
+    # --no-deps: torchrec asks for an unpinned fbgemm-gpu, which is the CUDA build until the next step.
     pins = Path(__file__).with_name("cpu.txt")
     if subprocess.run([*PIP_INSTALL, "-r", str(pins)]).returncode:
         sys.exit(f"error: pip could not install {pins.name}; its last lines above say why")
+    name_of_fbgemm = str(Path(__file__).with_name("fbgemm-gpu"))
+    if subprocess.run([*PIP_INSTALL, "--no-build-isolation", name_of_fbgemm]).returncode:
+        sys.exit(f"error: pip could not install {name_of_fbgemm}; its last lines above say why")
     check = "import sys, torch; sys.exit(torch.version.cuda is not None)"
     if subprocess.run([sys.executable, "-c", check]).returncode:
         sys.exit(f"error: the torch that was installed is no working CPU build of {TORCH}")

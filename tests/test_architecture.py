@@ -51,7 +51,7 @@ MANY_ARGUMENTS = {"ops", "recommender"}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted([*(ROOT / "apps").glob("*.py"), *(ROOT / ".torchx").glob("*.py")])
-SCRIPTS += sorted((ROOT / "requirements").glob("*.py"))
+SCRIPTS += sorted([*(ROOT / "requirements").glob("*.py"), *(ROOT / "docs").glob("*.py")])
 ALL = SOURCES + SCRIPTS
 
 

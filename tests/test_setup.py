@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 import tomllib
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import PackageNotFoundError, requires
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 
 import hstu_rec
 from hstu_rec import versions as versions_module
@@ -50,6 +51,21 @@ def test_the_cpu_environment_is_pinned_and_holds_nothing_of_cuda(install: Module
     assert (pinned["fbgemm-gpu-cpu"], pinned["torchrec"]) == TRIPLES[install.TORCH[:4]]
 
 
+def test_the_cpu_build_of_fbgemm_is_there_under_the_name_that_torchrec_requires() -> None:
+    named = tomllib.loads((REQUIREMENTS / "fbgemm-gpu" / "pyproject.toml").read_text())["project"]
+    pinned = pins("cpu.txt")["fbgemm-gpu-cpu"]
+    assert named["name"] in {re.split("[<>=;! ]", one)[0] for one in requires("torchrec") or []}
+    assert (named["version"], named["dependencies"]) == (
+        f"{pinned}+cpu",
+        [f"fbgemm-gpu-cpu=={pinned}"],
+    )
+
+
+def test_what_tests_and_the_site_need_beside_it_is_pinned_once() -> None:
+    names = [name for file in ("cpu.txt", "dev.txt", "docs.txt") for name in pins(file)]
+    assert len(names) == len(set(names))
+
+
 def test_the_cuda_requirements_are_a_triple_that_works() -> None:
     pinned = pins("cuda.txt")
     release = ".".join(pinned["torch"].split(".")[:2])
@@ -61,6 +77,23 @@ def test_every_dependency_of_the_project_is_pinned() -> None:
     wanted = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
     names = {re.match(r"[A-Za-z0-9-]+", one)[0] for one in wanted}  # pyright: ignore
     assert names - {"torch"} <= set(pins("cpu.txt"))
+
+
+def test_a_commit_is_held_against_what_lint_and_types_run() -> None:
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert local["repo"] == "local"  # nothing is fetched
+    done = subprocess.run(
+        ["make", "-n", "-o", ".venv/.stamp", "-o", ".venv/.dev", "lint", "types"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ran = [line.removeprefix(f"{ROOT}/") for line in done.stdout.splitlines()]
+    assert [hook["entry"] for hook in local["hooks"]] == ran
+    assert all(
+        (hook["language"], hook["pass_filenames"]) == ("system", False) for hook in local["hooks"]
+    )
 
 
 def test_a_server_that_never_answers_is_not_waited_for(install: ModuleType) -> None:

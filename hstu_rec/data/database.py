@@ -37,7 +37,10 @@ def database(folder: Path, memory_limit: str = MEMORY_LIMIT) -> Iterator[duckdb.
             f"memory_limit must be a size such as 4GB, or a share such as 50%; got '{memory_limit}'"
         ) from error
     try:
-        connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
+        connection.execute("SET TimeZone = 'UTC'")
+        # Where it is off already, as in Jupyter without ipywidgets, DuckDB refuses to hear of it.
+        if row(connection, "SELECT current_setting('enable_progress_bar')")[0]:
+            connection.execute("SET enable_progress_bar = false")
         yield connection
     except duckdb.OutOfMemoryException as error:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The folder that any engine may write, and every rule for it (README, "The folder on disk").
+"""The folder that any engine may write, and every rule for it (docs/own-data.md, "The folder on disk").
 
 items.parquet       one row an item   item_id | index [| count] [| train_count]
 sequences.parquet   one row a user    user_id | item_indices | timestamps [| train_end | valid_end]
