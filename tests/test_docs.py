@@ -31,6 +31,7 @@ from hstu_rec.data.prepare import PrepareConfig
 from hstu_rec.export import ExportConfig
 from hstu_rec.planning import PlannedRun
 from hstu_rec.quality import QualitySettings
+from hstu_rec.ranker.training import RankRunConfig
 from hstu_rec.recommending import RecommendConfig
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +56,7 @@ SHORTER = ["train.max_epochs=1", "train.device=cpu"]
 MAKES = {"prepare": 1, "export": 1}
 SETTINGS_OF = {
     "train": (0, RunConfig),
+    "train_ranker": (0, RankRunConfig),
     "plan": (0, PlannedRun),
     "prepare": (2, PrepareConfig),
     "export": (2, ExportConfig),
