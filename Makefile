@@ -33,8 +33,8 @@ lint: .venv/.stamp
 types: .venv/.dev
 	$(BIN)/pyright
 
-.venv/.dev: .venv/.stamp requirements/dev.txt
-	$(BIN)/pip install -qq --no-deps -r requirements/dev.txt
+.venv/.dev: .venv/.stamp requirements/dev.txt requirements/serve.txt
+	$(BIN)/pip install -qq --no-deps -r requirements/dev.txt -r requirements/serve.txt
 	touch $@
 
 .venv/.stamp: .venv/.pinned pyproject.toml

@@ -18,7 +18,7 @@ LAYERS = [
     {"training"},
     {"results"},
     {"recommending"},
-    {"runs", "warm_start", "planning", "resuming", "export"},
+    {"runs", "warm_start", "planning", "resuming", "export", "answers"},
     {"learner"},
     {"pipeline"},
     {"graphs", "memory"},
