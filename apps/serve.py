@@ -46,12 +46,12 @@ def server(model: ServingModel, max_together: int) -> FastAPI:
 
 def main(arguments: list[str]) -> None:
     if {"help", "--help", "-h"} & set(arguments):
-        print(f"{__doc__}\n{help_text(ServeConfig)}")
-        return
+        return print(f"{__doc__}\n{help_text(ServeConfig)}")
     if not arguments or "=" in arguments[0]:
         raise ValueError("give BUNDLE, a folder of apps/export.py, then key=value options")
     config = load(ServeConfig, arguments[1:])
-    app = server(load_bundle(arguments[0]), config.max_together)
+    model = load_bundle(arguments[0], use_index=config.use_index)
+    app = server(model, config.max_together)
     warnings.simplefilter("ignore", UserWarning)  # of users without known events: answers tell it
     uvicorn.run(app, host=config.host, port=config.port, limit_concurrency=config.max_waiting)
 

@@ -35,6 +35,8 @@ class ServeConfig:
     proxy."""
     port: int = 8000
     """Port that is listened at."""
+    use_index: bool = False
+    """Finds items by the bundle's FAISS index, of a bundle whose maker is trusted (see load_bundle)."""
     max_together: int = 64
     """Requests that are answered in one call of the model, at most."""
     max_waiting: int = 1024
