@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hstu_rec.asked import Asked
-from hstu_rec.bundle import model_of
+from hstu_rec.bundle import Rows, model_of
 from hstu_rec.item_index import IndexKind, ItemIndex
 from hstu_rec.quantised import Int8Rows
 from hstu_rec.scores import ItemShard
@@ -24,7 +25,7 @@ def int8_loss(exact: ServingModel, users: Asked) -> dict[str, Any]:
     histories, _ = replace(users, ends=users.ends + 1).histories(slice(None), 0)
     both = [model.evaluate_last(histories, [K]) for model in (exact, in_int8(exact))]
     before, after = (float(one["seen_masked"][METRIC]) for one in both)
-    num_items, dim = exact.rows.shape
+    num_items, dim = rows_of(exact).shape
     return {
         "users": both[0]["num_users"],
         f"{METRIC}, float32": before,
@@ -37,9 +38,17 @@ def int8_loss(exact: ServingModel, users: Asked) -> dict[str, Any]:
 
 def in_int8(exact: ServingModel) -> ServingModel:
     """The same model with item vectors in int8."""
-    model = model_of(exact.config.encoder, exact.config.scoring, Int8Rows.of(exact.rows[:]))
-    model.load_state_dict(exact.weights(), assign=True)
+    rows = Int8Rows.of(rows_of(exact))
+    model = model_of(exact.config.encoder, exact.config.scoring, rows)
+    model.load_state_dict(exact.model.state_dict(), assign=True)
     return ServingModel(exact.config, model.requires_grad_(False), exact.items)
+
+
+def rows_of(exact: ServingModel) -> Tensor:
+    """Its item vectors, float32 [N, D], as they are trained."""
+    table = exact.model.table
+    assert isinstance(table, Rows) and isinstance(table.rows, Tensor)
+    return table.rows
 
 
 def measured_index(
@@ -47,7 +56,8 @@ def measured_index(
 ) -> tuple[ItemIndex, dict[str, Any]]:
     """An index of the items, and the share of the ten best unseen items of the users that it finds; of ivf
     with the fewest cells to search, a power of two, that find `least_recall` of them."""
-    shard = ItemShard(exact.rows, 0, len(exact.rows), exact.item_vectors)
+    rows = rows_of(exact)
+    shard = ItemShard(rows, 0, len(rows), exact.model.loss.item_vectors)
     index = ItemIndex.build(kind, shard)
     approximate = exact.with_index(index)
     wanted = _found(exact, users)

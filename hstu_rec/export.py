@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hstu_rec import bundle, checkpoint
-from hstu_rec.approximate import int8_loss, measured_index
+from hstu_rec.approximate import int8_loss, measured_index, rows_of
 from hstu_rec.asked import Asked
 from hstu_rec.bundle import BundleConfig, Scoring, VectorKind, model_of
 from hstu_rec.checkpoint.saved_rows import SavedRows
@@ -34,6 +34,7 @@ from hstu_rec.data.item_map import ITEM_MAP, item_map_hash
 from hstu_rec.data.own_ids import IdIndex, typed_ids
 from hstu_rec.durable import digest_of, make_folder, sync
 from hstu_rec.item_table import ROWS_NAME
+from hstu_rec.program import write_programs
 from hstu_rec.quantised import Int8Rows
 from hstu_rec.report import listing, metric_table
 from hstu_rec.serving import ServingModel
@@ -60,6 +61,9 @@ class ExportConfig:
     against exact scores is told."""
     index_recall: float = 0.95
     """Of ivf: as few cells are searched, a power of two, as give this recall@10."""
+    program: Literal["none", "torch", "compiled"] = "none"
+    """The encoder and the item vectors as a program of torch.export, which needs no hstu_rec; compiled: also
+    by AOTInductor for the CPU, with g++."""
     data: str = ""
     """Dataset folder whose test users int8 and the index are measured on; the run's when empty."""
     max_users: int = 10_000
@@ -215,9 +219,15 @@ def export(folder: Path, output: Path, about: ExportConfig) -> BundleConfig:
 
 def _write_further(folder: Path, run: TrainedRun, about: ExportConfig) -> dict[str, Any]:
     """Writes what the options ask for beside the model, and measures it."""
-    if about.vectors == "float32" and about.index == "none":
+    if about.vectors == "float32" and about.index == about.program == "none":
         return {}
     exact = serve_run(run.folder)
+    if about.program != "none":
+        compiled = folder / bundle.PACKAGE if about.program == "compiled" else None
+        rows = rows_of(exact) if about.vectors == "float32" else Int8Rows.of(rows_of(exact))
+        write_programs(exact.model, rows, folder / bundle.PROGRAM, compiled)
+    if about.vectors == "float32" and about.index == "none":
+        return {}
     data = Path(about.data or run.config.data.path)
     if not (data / "stats.json").is_file():
         raise ValueError(

@@ -27,7 +27,6 @@ from hstu_rec.item_index import ItemIndex
 from hstu_rec.metrics import both_metrics, cut_off_problems
 from hstu_rec.model import NextItemModel
 from hstu_rec.portions import Portion
-from hstu_rec.quantised import ItemRows
 from hstu_rec.ranking import LEAST_CHUNK_ITEMS, Queries, rank_targets
 from hstu_rec.scores import NUM_SPARE, Catalogue, ItemShard, Seen, best_items
 
@@ -54,7 +53,8 @@ def load_bundle(path: str | Path, *, use_index: bool = False) -> "ServingModel":
 
 
 class ServingModel:
-    """A trained model with the own ids of its items. `config` tells what it is and was measured to be."""
+    """A trained model with the own ids of its items. `config` tells what it is and was measured to be;
+    `model` is in evaluation mode."""
 
     def __init__(
         self,
@@ -64,27 +64,14 @@ class ServingModel:
         index: ItemIndex | None = None,
     ) -> None:
         self.config, self.items, self._index = config, items, index
-        self._model = model.eval()
+        self.model = model.eval()
         self._rows: Any = model.table.rows
         shard = ItemShard(self._rows, 0, len(self._rows), model.loss.item_vectors)
         self._catalogue = Catalogue.of(shard)
 
-    @property
-    def rows(self) -> ItemRows:
-        """[N, D] item vectors, as they are trained."""
-        return self._rows
-
-    def weights(self) -> dict[str, Tensor]:
-        """The encoder's and the loss's, by name."""
-        return self._model.state_dict()
-
-    def item_vectors(self, rows: Tensor) -> Tensor:
-        """[k, D] rows as they are scored."""
-        return self._model.loss.item_vectors(rows)
-
     def with_index(self, index: ItemIndex) -> "ServingModel":
         """The same model, by an index of its items."""
-        return ServingModel(self.config, self._model, self.items, index)
+        return ServingModel(self.config, self.model, self.items, index)
 
     @property
     def uses_query_time(self) -> bool:
@@ -230,7 +217,7 @@ class ServingModel:
             ranks.append(
                 torch.stack(
                     rank_targets(
-                        queries, self._catalogue.shard, chunk, self._model.loss.seen_score()
+                        queries, self._catalogue.shard, chunk, self.model.loss.seen_score()
                     )
                 )
             )
@@ -261,7 +248,7 @@ class ServingModel:
                 f"none of {len(candidates)} candidates is known; give at least one that is"
             )
         shard = ItemShard(
-            self._rows[torch.from_numpy(rows)], 0, len(rows), self._model.loss.item_vectors
+            self._rows[torch.from_numpy(rows)], 0, len(rows), self.model.loss.item_vectors
         )
         return Candidates(rows, Catalogue.of(shard))
 
@@ -310,7 +297,7 @@ class ServingModel:
             items, added = torch.from_numpy(histories.items[whole[0] : whole[-1]]), -torch.inf
         else:
             owner = torch.repeat_interleave(every, batch.offsets.diff())
-            items, added = batch.item_ids, self._model.loss.seen_score()
+            items, added = batch.item_ids, self.model.loss.seen_score()
         seen = Seen(*chosen.among(owner, items), added)
         is_all = chosen.catalogue is self._catalogue
         find = self._index.best_items if self._index and is_all else best_items
@@ -327,7 +314,7 @@ class ServingModel:
         begins = np.maximum(ends - self.config.encoder.max_history_len, begins)
         batch = _batch(histories, times, begins, ends)
         with torch.inference_mode():
-            queries, _ = self._model(batch)
+            queries, _ = self.model(batch)
         return batch, queries.float()
 
 

@@ -122,8 +122,8 @@ def test_vectors_in_int8_lose_what_the_bundle_tells(small, exact, run):
         assert found["seen_masked"]["recall@10"] == pytest.approx(told[name], abs=1e-12)
     assert told["loss"] == told["recall@10, float32"] - told["recall@10, int8"]
     assert abs(told["loss"]) < 0.02 < told["recall@10, int8"]
-    rows = Int8Rows.of(load_bundle(exact).rows[:])[:]
-    assert load_bundle(small).rows[:].equal(rows)
+    rows = Int8Rows.of(load_bundle(exact).model.table.rows[:])[:]
+    assert load_bundle(small).model.table.rows[:].equal(rows)
     card = (small / "README.md").read_text()
     assert "recall@10, int8" in card and "cells searched" in card
 

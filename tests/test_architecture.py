@@ -25,7 +25,7 @@ LAYERS = [
     {"graphs", "memory"},
     {"config", "comparison"},
     {"report", "baselines"},
-    {"evaluator", "serving", "asked"},
+    {"evaluator", "serving", "asked", "program"},
     {"bundle"},
     {"model", "hstu", "co_occurrence", "flops", "negatives"},
     {"encoder", "loss", "item_table", "seen"},

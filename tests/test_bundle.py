@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hstu_rec import checkpoint, distributed, export, load_bundle
 from hstu_rec.bundle import BundleError
@@ -48,7 +49,8 @@ def exported(run):
     """The bundle, its rows written in several blocks."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(export, "BLOCK_ROWS", 64)
-        export.export(run, run.parent / "bundle", ExportConfig(license="Apache-2.0"))
+        about = ExportConfig(license="Apache-2.0", program="torch")
+        export.export(run, run.parent / "bundle", about)
     return run.parent / "bundle"
 
 
@@ -81,18 +83,42 @@ def eager_lists(run: Path, data: Path) -> dict[int, list[str]]:
     return found
 
 
+def program_lists(bundle: Path, dataset: Dataset) -> dict[int, list[str]]:
+    """The same by program.pt2 and plain products with the vectors of the files."""
+    program, longest = torch.export.load(bundle / "program.pt2").module(), 6
+    units = load_file(bundle / "item_vectors.safetensors")["item_vectors"].double().numpy()
+    units = units / np.linalg.norm(units, axis=1, keepdims=True)
+    own = pq.read_table(bundle / "items.parquet").column("item_id").to_pylist()
+    users, ends = np.arange(NUM_USERS), dataset.valid_ends
+    items, times, offsets = dataset.gather(users, 0 * users, ends)
+    _, at, _ = dataset.gather(users, ends, ends + 1)
+    ids, seconds = np.zeros((2, NUM_USERS, longest), dtype=np.int64)
+    lengths = np.minimum(np.diff(offsets), longest)
+    for user, (end, length) in enumerate(zip(offsets[1:], lengths, strict=True)):
+        ids[user, :length], seconds[user, :length] = (
+            items[end - length : end],
+            times[end - length : end],
+        )
+    queries = program(*map(torch.from_numpy, (ids, lengths, seconds, at)))
+    scores = queries.detach().double().numpy() @ units.T
+    scores[np.repeat(users, np.diff(offsets)), items] = -np.inf
+    return {user: [own[row] for row in np.argsort(-scores[user])[:10]] for user in users}
+
+
 @pytest.mark.fault("R32")
-def test_a_model_recommends_the_same_in_training_exported_and_reloaded(run, exported, data, tries):
+def test_a_model_recommends_the_same_in_training_exported_reloaded_and_as_a_program(
+    run, exported, data, tries
+):
     dataset = Dataset(data)
     events, at, _ = events_of(dataset, np.arange(NUM_USERS))
-    expected = eager_lists(run, data)
+    expected, by_program = eager_lists(run, data), program_lists(exported, dataset)
     before, after = (
         lists(model.recommend(events, 10, at=at))
         for model in (serve_run(run), load_bundle(exported))
     )
     assert len({tuple(one) for one in expected.values()}) > NUM_USERS // 2
     for user in range(NUM_USERS):
-        tries.count(expected[user] == before[user] == after[user])
+        tries.count(expected[user] == before[user] == after[user] == by_program[user])
 
 
 @pytest.mark.parametrize("shared", ["exported", "plain"])
@@ -353,6 +379,7 @@ def test_a_bundle_holds_known_kinds_of_files_and_says_what_it_is(run, exported):
         "item_vectors.safetensors",
         "items.parquet",
         "model.safetensors",
+        "program.pt2",
     }
     assert {path.name for path in exported.iterdir()} == names
     config = json.loads((exported / "config.json").read_text())
