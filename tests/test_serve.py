@@ -10,13 +10,16 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from hstu_rec import __version__, export, load_bundle
 from hstu_rec.answers import Request, Together, answers
+from hstu_rec.benchmarks.serving import ServingTimes, serving_times
 from hstu_rec.export import ExportConfig
 from tests.shared_models import train_run, write_data
 
@@ -34,12 +37,27 @@ def bundles(tmp_path_factory):
     return folder
 
 
+WITHOUT_TORCHREC = """
+import runpy, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torchrec", "fbgemm_gpu", "torchx", "duckdb", "tensorboard", "matplotlib"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.fixture(scope="module")
 def url(bundles):
-    """Where the plain model is served by the command that the README tells."""
+    """Where the plain model is served by the app, which is run without what trains."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "apps/serve.py", str(bundles / "plain"), f"port={port}"]
+    arguments = [str(bundles / "plain"), f"port={port}"]
+    command = [sys.executable, "-c", WITHOUT_TORCHREC, "apps/serve.py", *arguments]
     with (bundles / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     url, began = f"http://127.0.0.1:{port}", time.monotonic()
@@ -155,6 +173,17 @@ def test_a_bad_request_is_told_in_a_sentence(url, body, told):
     status, answer = got(f"{url}/recommend", body)
     assert 400 <= status < 500 and isinstance(answer["detail"], str), answer
     assert answer["detail"] and told in answer["detail"]
+
+
+def test_the_time_of_answers_is_measured_for_each_number_of_clients(url, bundles):
+    config = ServingTimes(bundle=str(bundles / "plain"), url=url, clients=[1, 3], num_requests=20)
+    one, three = serving_times(config, torch.device("cpu"))
+    for line, clients in ((one, 1), (three, 3)):
+        assert line.split()[:3] == [str(clients), "clients", "median"]
+        assert 0 < float(line.split()[3]) <= float(line.split()[6])
+    with pytest.raises(ValueError, match="answered 200"):  # with fewer items than were asked for
+        [*serving_times(replace(config, k=200), torch.device("cpu"))]
+    assert ServingTimes(clients=[0]).problems() and ServingTimes(clients=[]).problems()
 
 
 def test_what_is_wrong_with_one_request_is_told_to_it_alone(bundles):
