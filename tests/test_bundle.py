@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from hstu_rec import checkpoint, distributed, export, load_bundle
 from hstu_rec.bundle import BundleError
@@ -23,7 +22,15 @@ from hstu_rec.export import ExportConfig, serve_run
 from hstu_rec.item_table import local_shards
 from hstu_rec.learner import Learner
 from tests.ranks import run_ranks
-from tests.shared_models import changed, events_of, lists, refreshed, train_run, write_data
+from tests.shared_models import (
+    changed,
+    events_of,
+    lists,
+    program_lists,
+    refreshed,
+    train_run,
+    write_data,
+)
 
 ROOT = Path(__file__).parent.parent
 NUM_USERS = 1000
@@ -83,35 +90,13 @@ def eager_lists(run: Path, data: Path) -> dict[int, list[str]]:
     return found
 
 
-def program_lists(bundle: Path, dataset: Dataset) -> dict[int, list[str]]:
-    """The same by program.pt2 and plain products with the vectors of the files."""
-    program, longest = torch.export.load(bundle / "program.pt2").module(), 6
-    units = load_file(bundle / "item_vectors.safetensors")["item_vectors"].double().numpy()
-    units = units / np.linalg.norm(units, axis=1, keepdims=True)
-    own = pq.read_table(bundle / "items.parquet").column("item_id").to_pylist()
-    users, ends = np.arange(NUM_USERS), dataset.valid_ends
-    items, times, offsets = dataset.gather(users, 0 * users, ends)
-    _, at, _ = dataset.gather(users, ends, ends + 1)
-    ids, seconds = np.zeros((2, NUM_USERS, longest), dtype=np.int64)
-    lengths = np.minimum(np.diff(offsets), longest)
-    for user, (end, length) in enumerate(zip(offsets[1:], lengths, strict=True)):
-        ids[user, :length], seconds[user, :length] = (
-            items[end - length : end],
-            times[end - length : end],
-        )
-    queries = program(*map(torch.from_numpy, (ids, lengths, seconds, at)))
-    scores = queries.detach().double().numpy() @ units.T
-    scores[np.repeat(users, np.diff(offsets)), items] = -np.inf
-    return {user: [own[row] for row in np.argsort(-scores[user])[:10]] for user in users}
-
-
 @pytest.mark.fault("R32")
 def test_a_model_recommends_the_same_in_training_exported_reloaded_and_as_a_program(
     run, exported, data, tries
 ):
     dataset = Dataset(data)
     events, at, _ = events_of(dataset, np.arange(NUM_USERS))
-    expected, by_program = eager_lists(run, data), program_lists(exported, dataset)
+    expected, by_program = eager_lists(run, data), program_lists(exported, dataset, 6)
     before, after = (
         lists(model.recommend(events, 10, at=at))
         for model in (serve_run(run), load_bundle(exported))
