@@ -68,8 +68,8 @@ def lists(table) -> dict[int, list[str]]:
 
 
 def program_lists(folder: Path, dataset: Dataset, longest: int) -> dict[int, list[str]]:
-    """Ten best unseen items of every user by a bundle's program.pt2 and plain products with the vectors of its
-    files, by the newest `longest` events."""
+    """Ten best unseen items of every user by a bundle's program.pt2 and plain products with the vectors of
+    its files, by the newest `longest` events."""
     program, num_users = torch.export.load(folder / "program.pt2").module(), dataset.num_users
     units = load_file(folder / "item_vectors.safetensors")["item_vectors"].double().numpy()
     units = units / np.linalg.norm(units, axis=1, keepdims=True)
