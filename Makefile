@@ -54,8 +54,8 @@ hooks: .venv/.docs
 	$(BIN)/pip install -qq --no-deps -r requirements/docs.txt
 	touch $@
 
-.venv/.dev: .venv/.stamp requirements/dev.txt
-	$(BIN)/pip install -qq --no-deps -r requirements/dev.txt
+.venv/.dev: .venv/.stamp requirements/dev.txt requirements/serve.txt
+	$(BIN)/pip install -qq --no-deps -r requirements/dev.txt -r requirements/serve.txt
 	touch $@
 
 .venv/.stamp: .venv/.pinned pyproject.toml

@@ -8,6 +8,7 @@
     python apps/benchmark.py saving [CONFIG.yaml ...] [key=value ...]   checkpoints beside training
     python apps/benchmark.py guards [CONFIG.yaml ...] [key=value ...]   steps with the guards and without
     python apps/benchmark.py memory [CONFIG.yaml ...] [key=value ...]   what a rank holds beside its estimate
+    python apps/benchmark.py serving bundle=BUNDLE [key=value ...]      answers of apps/serve.py
     python apps/benchmark.py quality RECIPE.yaml ... [quality.key=value ...] [key=value ...]
 
 torchrun and torchx launch step, epoch, curve, ranking, saving, guards and memory. `MEASURE help` lists keys.

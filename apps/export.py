@@ -22,6 +22,10 @@ def main(arguments: list[str]) -> None:
     config = export(Path(run), Path(output), load(ExportConfig, options))
     size = sum(file["size"] for file in config.files.values())
     print(f"wrote    {output}: {config.num_items:,} items, {size / 2**20:.1f} MiB", flush=True)
+    for name in ("int8", "index"):
+        if measured := config.about.get(name):
+            told = ", ".join(f"{key} {value}" for key, value in measured.items())
+            print(f"{name:8} {told}", flush=True)
 
 
 if __name__ == "__main__":

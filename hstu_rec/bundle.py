@@ -2,9 +2,13 @@
 
     config.json                what the model is, and size and SHA-256 of the other files
     model.safetensors          float32 weights by name, encoder.* and loss.*
-    item_vectors.safetensors   one float32 tensor item_vectors [num_items, dim], the table's rows by index
+    item_vectors.safetensors   item_vectors [num_items, dim], the table's rows by index: float32; or int8, to
+                               be multiplied by item_scales, float32 [num_items]
     items.parquet              item_id (int64 or string, distinct) | index 0 .. num_items - 1, by index
     README.md                  for people; not read, and free to be changed
+    items.faiss                may be there: an index of the items as they are scored (hstu_rec.item_index)
+    program.pt2                may be there: the encoder for torch alone (hstu_rec.program); not read
+    program_cpu.pt2            may be there: the same compiled for the CPU; not read
 
 config.json holds
 
@@ -13,17 +17,20 @@ config.json holds
     item_map_hash   SHA-256 of the own ids in index order (hstu_rec.data.own_ids.hash_items)
     encoder         EncoderConfig; what a later version adds and an older bundle lacks has its default
     scoring         Scoring
+    vectors         float32 (also when left out) or int8
     files           {name: {"size": bytes, "sha256": hex}}, of the names above and no other
     about           name, description, license, data, metrics, versions: told, not used
 
 A bundle may come from anyone. Only the names above are opened, as regular files inside the folder, and
 everything is checked against config.json and against the model that it describes before it is used. What is
-wrong raises BundleError. The hashes find damage; they do not tell who made a bundle.
+wrong raises BundleError. The hashes find damage; they do not tell who made a bundle. Native code of FAISS and
+torch reads items.faiss and the programs, none of it made for files of strangers: `read_bundle` does not open
+them, `read_index` opens the one, and nothing here the others.
 """
 
 import json
 import reprlib
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -40,8 +47,10 @@ from hstu_rec.distributed import Precision
 from hstu_rec.durable import digest_of
 from hstu_rec.encoder import HSTUEncoder
 from hstu_rec.encoder_config import EncoderConfig
+from hstu_rec.item_index import ItemIndex
 from hstu_rec.loss import LossConfig, SampledSoftmax
 from hstu_rec.model import NextItemModel
+from hstu_rec.quantised import Int8Rows, ItemRows
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, VECTORS, ITEMS = (
@@ -51,7 +60,9 @@ CONFIG, WEIGHTS, VECTORS, ITEMS = (
     "items.parquet",
 )
 CARD = "README.md"
-ITEM_VECTORS = "item_vectors"
+INDEX, PROGRAM, PACKAGE = "items.faiss", "program.pt2", "program_cpu.pt2"
+ITEM_VECTORS, ITEM_SCALES = "item_vectors", "item_scales"
+VectorKind = Literal["float32", "int8"]
 READ = (WEIGHTS, VECTORS, ITEMS)
 MAX_CONFIG_BYTES = 2**24
 # Of a whole number in config.json: what JSON of other makers keeps.
@@ -100,12 +111,13 @@ class BundleConfig:
     scoring: Scoring
     files: dict[str, dict[str, Any]]
     about: dict[str, Any]
+    vectors: VectorKind = "float32"
 
 
 class Rows(nn.Module):
     """A table of all rows in one process, in place of an ItemTable."""
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: ItemRows) -> None:
         super().__init__()
         self.rows = rows
 
@@ -114,7 +126,7 @@ class Rows(nn.Module):
         return self.rows.index_select(0, ids)
 
 
-def model_of(encoder: EncoderConfig, scoring: Scoring, rows: Tensor) -> NextItemModel:
+def model_of(encoder: EncoderConfig, scoring: Scoring, rows: ItemRows) -> NextItemModel:
     """The model over `rows` [N, D], its weights without values, on the meta device. Raises ValueError for a
     configuration that describes none."""
     try:
@@ -135,8 +147,7 @@ def read_bundle(path: str | Path) -> tuple[BundleConfig, NextItemModel, IdIndex]
     config = read_config(folder)
     for name in READ:
         _check_digest(_file(folder, name), config.files[name])
-    shape = [config.num_items, config.encoder.dim]
-    vectors = _tensors(folder / VECTORS, {ITEM_VECTORS: shape})[ITEM_VECTORS]
+    vectors = _item_rows(folder / VECTORS, config)
     num_weights = len(_shapes(folder / WEIGHTS))
     if config.encoder.num_layers > num_weights:
         raise BundleError(
@@ -147,13 +158,29 @@ def read_bundle(path: str | Path) -> tuple[BundleConfig, NextItemModel, IdIndex]
         model = model_of(config.encoder, config.scoring, vectors)
     except ValueError as error:
         raise BundleError(f"{folder / CONFIG}: {error}; {_ADVICE}") from error
-    wanted = {name: [*weight.shape] for name, weight in model.state_dict().items()}
+    wanted = {name: ("F32", [*weight.shape]) for name, weight in model.state_dict().items()}
     weights = _tensors(folder / WEIGHTS, wanted)
     if bad := [name for name, weight in weights.items() if not weight.isfinite().all()]:
         raise BundleError(f"{folder / WEIGHTS}: {bad[0]} holds NaN or infinity; {_ADVICE}")
     model.load_state_dict(weights, assign=True)
     index = _item_index(folder / ITEMS, config)
     return config, model.eval().requires_grad_(False), index
+
+
+def read_index(path: str | Path, config: BundleConfig) -> ItemIndex:
+    """The FAISS index of a bundle, its digest checked; the module says whose to read.
+    Raises BundleError."""
+    folder = Path(path)
+    if INDEX not in config.files:
+        raise BundleError(
+            f"{folder} holds no index of its items; load it without use_index, or export the run again with "
+            "index=ivf"
+        )
+    _check_digest(file := _file(folder, INDEX), config.files[INDEX])
+    try:
+        return ItemIndex.read(file, config.num_items, config.encoder.dim)
+    except ValueError as error:
+        raise BundleError(f"{file}: {error}; {_ADVICE}") from error
 
 
 _ADVICE = "the bundle is damaged or no bundle of hstu_rec: get it again, or export the run again"
@@ -174,8 +201,10 @@ def read_config(folder: Path) -> BundleConfig:
         raise BundleError(f"{path} holds no object of settings; {_ADVICE}")
     _check_version(path, content)
     problems: list[str] = []
+    # What older bundles lack.
+    defaults = {one.name: one.default for one in fields(BundleConfig) if one.default is not MISSING}
     values = {
-        name: _checked(kind, content.get(name), name, problems)
+        name: _checked(kind, content.get(name, defaults.get(name)), name, problems)
         for name, kind in get_type_hints(BundleConfig).items()
         if name != "files"
     }
@@ -253,7 +282,7 @@ def _file_problems(files: Any) -> list[str]:
     """What is wrong with the names, sizes and hashes of config.json."""
     if not isinstance(files, dict):
         return ["files must be an object"]
-    allowed = {*READ, CARD}
+    allowed = {*READ, CARD, INDEX, PROGRAM, PACKAGE}
     found = [
         f"files names {reprlib.repr(name)}, which no bundle holds (it holds {', '.join(sorted(allowed))})"
         for name in files.keys() - allowed
@@ -301,8 +330,18 @@ def _shapes(path: Path) -> dict[str, tuple[str, list[int]]]:
         raise BundleError(f"{path} is no whole safetensors file ({error}); {_ADVICE}") from error
 
 
-def _tensors(path: Path, wanted: dict[str, list[int]]) -> dict[str, Tensor]:
-    """The float32 tensors of a file, mapped, which must be those of `wanted` shapes by name."""
+def _item_rows(path: Path, config: BundleConfig) -> ItemRows:
+    """The item vectors, mapped."""
+    size = [config.num_items, config.encoder.dim]
+    if config.vectors == "float32":
+        return _tensors(path, {ITEM_VECTORS: ("F32", size)})[ITEM_VECTORS]
+    wanted = {ITEM_VECTORS: ("I8", size), ITEM_SCALES: ("F32", size[:1])}
+    found = _tensors(path, wanted)
+    return Int8Rows(found[ITEM_VECTORS], found[ITEM_SCALES])
+
+
+def _tensors(path: Path, wanted: dict[str, tuple[str, list[int]]]) -> dict[str, Tensor]:
+    """The tensors of a file, mapped, which must be those of `wanted` data types and shapes by name."""
     found = _shapes(path)
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
@@ -311,10 +350,10 @@ def _tensors(path: Path, wanted: dict[str, list[int]]) -> dict[str, Tensor]:
             raise BundleError(
                 f"{path} holds {reprlib.repr(name)}, which the model of {CONFIG} has not; {_ADVICE}"
             )
-        if found[name] != ("F32", wanted[name]):
-            kind, shape = found[name]
+        if found[name] != wanted[name]:
+            (kind, shape), (right, size) = found[name], wanted[name]
             raise BundleError(
-                f"{path}: {name} is {kind} {shape}, the model of {CONFIG} has F32 {wanted[name]}; {_ADVICE}"
+                f"{path}: {name} is {kind} {shape}, the model of {CONFIG} has {right} {size}; {_ADVICE}"
             )
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in wanted}

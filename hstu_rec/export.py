@@ -4,7 +4,8 @@
                           --blocks--> rows of the item table --> item_vectors.safetensors
     RUN/items.parquet, result.json, config.yaml              --> items.parquet, README.md, config.json
 
-Nothing larger than a block of rows is held. The folder is written under another name and then renamed.
+Nothing larger than a block of rows is held, but where int8 vectors or an index are measured. The folder is
+written under another name and then renamed.
 """
 
 import json
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,15 +25,20 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hstu_rec import bundle, checkpoint
-from hstu_rec.bundle import BundleConfig, Scoring, model_of
+from hstu_rec.approximate import int8_loss, measured_index, rows_of
+from hstu_rec.asked import Asked
+from hstu_rec.bundle import BundleConfig, Scoring, VectorKind, model_of
 from hstu_rec.checkpoint.saved_rows import SavedRows
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.item_map import ITEM_MAP, item_map_hash
 from hstu_rec.data.own_ids import IdIndex, typed_ids
 from hstu_rec.durable import digest_of, make_folder, sync
 from hstu_rec.item_table import ROWS_NAME
+from hstu_rec.program import write_programs
+from hstu_rec.quantised import Int8Rows
 from hstu_rec.report import listing, metric_table
 from hstu_rec.serving import ServingModel
+from hstu_rec.settings import at_least, within, without_effect
 from hstu_rec.versions import versions
 
 BLOCK_ROWS = 2**16
@@ -48,6 +54,29 @@ class ExportConfig:
     """A text for the README.md."""
     license: str = ""
     """Licence of the weights, for the README.md."""
+    vectors: VectorKind = "float32"
+    """Of the item vectors; int8 takes a quarter, with a scale a row. What Recall@10 loses is told."""
+    index: Literal["none", "exact", "ivf"] = "none"
+    """A FAISS index of the items: exact compares all, ivf those of the cells next to a query. Its recall@10
+    against exact scores is told."""
+    index_recall: float = 0.95
+    """Of ivf: as few cells are searched, a power of two, as give this recall@10."""
+    program: Literal["none", "torch", "compiled"] = "none"
+    """The encoder and the item vectors as a program of torch.export, which needs no hstu_rec; compiled: also
+    by AOTInductor for the CPU, with g++."""
+    data: str = ""
+    """Dataset folder whose test users int8 and the index are measured on; the run's when empty."""
+    max_users: int = 10_000
+    """Users that they are measured on, evenly drawn, at most."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, a sentence each."""
+        found = at_least(self, 1, "max_users") + within(self, "(0, 1]", "index_recall")
+        if self.index != "ivf":
+            found += without_effect(self, f"with index={self.index}", "index_recall")
+        if self.vectors == "float32" and self.index == "none":
+            found += without_effect(self, "without int8 or an index", "data", "max_users")
+        return found
 
 
 @dataclass(frozen=True)
@@ -87,6 +116,7 @@ class TrainedRun:
             encoder=replace(self.config.encoder, attention_kernel="auto"),
             scoring=self.scoring,
             files={},
+            vectors=about.vectors,
             about={
                 "name": about.name or self.config.name,
                 "description": about.description,
@@ -169,11 +199,12 @@ def export(folder: Path, output: Path, about: ExportConfig) -> BundleConfig:
     try:
         # Not save_file, whose files none but the owner may read.
         (partial / bundle.WEIGHTS).write_bytes(save(run.weights))
-        _write_vectors(partial / bundle.VECTORS, run)
+        _write_vectors(partial / bundle.VECTORS, run, about.vectors)
         shutil.copyfile(folder / ITEM_MAP, partial / bundle.ITEMS)
+        config = replace(config, about=config.about | _write_further(partial, run, about))
         (partial / bundle.CARD).write_text(_card(config, run.result), encoding="utf-8")
-        names = (bundle.WEIGHTS, bundle.VECTORS, bundle.ITEMS, bundle.CARD)
-        config = replace(config, files={name: digest_of(partial / name) for name in names})
+        files = {path.name: digest_of(path) for path in sorted(partial.iterdir())}
+        config = replace(config, files=files)
         content = {"format_version": bundle.FORMAT_VERSION, **asdict(config)}
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         (partial / bundle.CONFIG).write_text(text, encoding="utf-8")
@@ -186,17 +217,64 @@ def export(folder: Path, output: Path, about: ExportConfig) -> BundleConfig:
     return config
 
 
-def _write_vectors(path: Path, run: TrainedRun) -> None:
+def _write_further(folder: Path, run: TrainedRun, about: ExportConfig) -> dict[str, Any]:
+    """Writes what the options ask for beside the model, and measures it."""
+    if about.vectors == "float32" and about.index == about.program == "none":
+        return {}
+    exact = serve_run(run.folder)
+    if about.program != "none":
+        compiled = folder / bundle.PACKAGE if about.program == "compiled" else None
+        rows = rows_of(exact) if about.vectors == "float32" else Int8Rows.of(rows_of(exact))
+        write_programs(exact.model, rows, folder / bundle.PROGRAM, compiled)
+    if about.vectors == "float32" and about.index == "none":
+        return {}
+    data = Path(about.data or run.config.data.path)
+    if not (data / "stats.json").is_file():
+        raise ValueError(
+            f"int8 vectors and an index are measured on users, and {data} is no dataset folder; give "
+            "data=FOLDER"
+        )
+    users = Asked.of(data, exact.items, "test").evenly(about.max_users)
+    found: dict[str, Any] = {}
+    if about.vectors == "int8":
+        found["int8"] = int8_loss(exact, users)
+    if about.index != "none":
+        index, found["index"] = measured_index(exact, users, about.index, about.index_recall)
+        index.write(folder / bundle.INDEX)
+    return found
+
+
+def _write_vectors(path: Path, run: TrainedRun, kind: VectorKind) -> None:
     """A safetensors file, which is: the header's length, uint64; the header, JSON; the numbers, little-endian
     (the library itself writes tensors that are in memory)."""
     num_items, dim = run.rows.shape
-    entry = {"dtype": "F32", "shape": [num_items, dim], "data_offsets": [0, num_items * dim * 4]}
-    header = json.dumps({bundle.ITEM_VECTORS: entry}).encode()
-    header += b" " * (-len(header) % 8)
+    scales_end = 0 if kind == "float32" else 4 * num_items
+    width = dim * (4 if kind == "float32" else 1)
+    name = "F32" if kind == "float32" else "I8"
+    header: dict[str, Any] = {
+        bundle.ITEM_VECTORS: {
+            "dtype": name,
+            "shape": [num_items, dim],
+            "data_offsets": [scales_end, scales_end + num_items * width],
+        }
+    }
+    if kind == "int8":
+        offsets = [0, scales_end]
+        header[bundle.ITEM_SCALES] = {"dtype": "F32", "shape": [num_items], "data_offsets": offsets}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
+        begin, first = file.write(struct.pack("<Q", len(head)) + head), 0
         for block in run.vectors():
-            file.write(block.numpy().astype("<f4", copy=False).data)
+            values = block
+            if kind == "int8":
+                rows = Int8Rows.of(block)
+                file.seek(begin + 4 * first)
+                file.write(rows.scales.numpy().astype("<f4", copy=False).data)
+                values = rows.values
+            file.seek(begin + scales_end + width * first)
+            file.write(values.numpy().astype("<f4" if kind == "float32" else "i1", copy=False).data)
+            first += len(block)
 
 
 def _card(config: BundleConfig, result: dict[str, Any]) -> str:
@@ -215,6 +293,7 @@ def _card(config: BundleConfig, result: dict[str, Any]) -> str:
         "width, layers, heads": f"{encoder.dim}, {encoder.num_layers}, {encoder.num_heads}",
         "events of a history": encoder.max_history_len,
         "similarity": config.scoring.similarity,
+        "item vectors": config.vectors,
         "uses the time of the request": encoder.query_time == "next",
         **({"licence": about["license"]} if about["license"] else {}),
     }
@@ -225,6 +304,11 @@ def _card(config: BundleConfig, result: dict[str, Any]) -> str:
         "## Model": listing(model, "part"),
         "## Data": listing(about["data"], "statistic"),
         "## Metrics": f"```text\n{metric_table(result)}\n```",
+        **{
+            f"## {head}": listing(about[name], "measured")
+            for name, head in (("int8", "Vectors in int8"), ("index", "Index of the items"))
+            if name in about
+        },
         "## Versions": listing(about["versions"], "package"),
     }
     return "\n\n".join(f"{head}\n\n{body}" for head, body in sections.items()) + "\n"

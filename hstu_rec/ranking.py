@@ -11,6 +11,7 @@ certain, the rest is computed exactly, so that ranks depend neither on chunks no
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -93,8 +94,8 @@ def _counts(queries: Queries, shard: ItemShard, chunk: Portion, seen_score: floa
 
 def _check(queries: Queries, shard: ItemShard, chunk_items: int, seen_score: float) -> None:
     """All ranks raise together when one of them holds what cannot be ranked."""
-    bias = shard.rows.new_tensor(seen_score)
-    floats = (bias, queries.vectors, queries.target_vectors, *shard.rows.split(chunk_items))
+    bias = queries.vectors.new_tensor(seen_score)
+    floats = chain((bias, queries.vectors, queries.target_vectors), shard.rows.split(chunk_items))
     ids = torch.cat([queries.target_ids, queries.seen_ids])
     is_outside = (ids < 0) | (ids >= shard.num_items)
     # The least and the largest in one pass, NaN if there is one.

@@ -12,20 +12,16 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hstu_rec import checkpoint, distributed, hosts, tracking
+from hstu_rec.asked import Asked, Until
 from hstu_rec.bundle import CONFIG
 from hstu_rec.checkpoint.folder import MANIFEST
-from hstu_rec.data.dataset import Dataset, offsets_of
-from hstu_rec.data.histories import Histories
-from hstu_rec.data.own_ids import typed_ids
 from hstu_rec.data.prepare import PrepareConfig, prepare
-from hstu_rec.data.stream import Split, eval_users
 from hstu_rec.durable import digest_of, write_file
 from hstu_rec.export import serve_run
 from hstu_rec.serving import ServingModel, load_bundle
@@ -45,7 +41,7 @@ class RecommendConfig:
     """Items of a user, at most."""
     filter_seen: bool = True
     """Leaves out items of the user's history."""
-    until: Literal["end", "valid", "test"] = "end"
+    until: Until = "end"
     """Histories of a prepared dataset: whole, or before the validation or the test target, of the users who
     have one, as evaluation takes them."""
     at: int = 0
@@ -68,34 +64,6 @@ class RecommendConfig:
                 f"at has no effect with until={self.until}, which takes the target's time; leave one out"
             )
         return found
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Users and what is taken of their events."""
-
-    dataset: Dataset
-    rows: np.ndarray
-    """int64 [items of the dataset]: the model's row, -1 for none."""
-    users: np.ndarray
-    ends: np.ndarray
-    """int64 [Q] events of each that count."""
-
-    def histories(self, part: slice, at: int) -> tuple[Histories, np.ndarray]:
-        """Those of some users with an event that the model knows, and the times [B] to recommend for: `at`,
-        or if that is 0 of the event that follows, or else of the last."""
-        users, ends = self.users[part], self.ends[part]
-        items, times, offsets = self.dataset.gather(users, np.zeros_like(ends), ends)
-        last = np.minimum(ends, self.dataset.lengths[users] - 1)
-        _, next_times, _ = self.dataset.gather(users, last, last + 1)
-        rows = self.rows[items]
-        is_known = rows >= 0
-        owners = np.repeat(np.arange(len(users)), np.diff(offsets))[is_known]
-        counts = np.bincount(owners, minlength=len(users))
-        kept = np.flatnonzero(counts)
-        own = typed_ids(self.dataset.user_ids.take(pa.array(users[kept])))
-        found = Histories(own, rows[is_known], times[is_known], offsets_of(counts[kept]))
-        return found, np.full(len(kept), at) if at else next_times[kept]
 
 
 def recommend_all(
@@ -158,21 +126,7 @@ def _prepared(source: Path, folder: Path, config: RecommendConfig) -> None:
 
 
 def _asked(model: ServingModel, data: Path, config: RecommendConfig) -> Asked:
-    dataset = Dataset(data)
-    own = typed_ids(dataset.item_ids)
-    if len(own) and own.type != model.items.ids.type:
-        raise ValueError(
-            f"{data}: item ids are {own.type}, the model's {model.items.ids.type}, such as "
-            f"{model.items.ids[0].as_py()!r}; give histories with the ids that it was trained on"
-        )
-    rows = model.items.rows(own)
-    if not (rows >= 0).any():
-        raise ValueError(f"{data}: none of its {len(own):,} items is one of the model's")
-    if config.until == "end":
-        users, ends = np.arange(dataset.num_users), np.asarray(dataset.lengths)
-    else:
-        split: Split = config.until
-        users, ends = eval_users(dataset, split)
+    asked = Asked.of(data, model.items, config.until)
     if model.uses_query_time and config.until == "end" and not config.at:
         raise ValueError(
             "this model uses the query time (encoder.query_time 'next'): give at, the unix seconds for "
@@ -180,9 +134,9 @@ def _asked(model: ServingModel, data: Path, config: RecommendConfig) -> Asked:
         )
     if config.at and not model.uses_query_time:
         raise ValueError("at has no effect on this model (encoder.query_time 'own'); leave it out")
-    if config.at and config.at < (last := int(dataset.facts["last_timestamp"])):
+    if config.at and config.at < (last := int(asked.dataset.facts["last_timestamp"])):
         raise ValueError(f"at={config.at} is before the last event, at {last}; give a later time")
-    return Asked(dataset, rows, users, ends)
+    return asked
 
 
 def _begin(output: Path, about: dict[str, Any]) -> None:

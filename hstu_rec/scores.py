@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hstu_rec.quantised import ItemRows
+
 # torch's sums on CUDA may add in another order where rows are fewer than this.
 LEAST_ROWS = 64
 # Items that are searched together for the best: so few that their scores stay in pieces of memory
@@ -28,7 +30,7 @@ MAX_NORM = 1e18
 class ItemShard:
     """A rank's rows of the catalogue; it may own none."""
 
-    rows: Tensor  # [n, D]
+    rows: ItemRows  # [n, D]
     first_id: int
     num_items: int  # of the whole catalogue
     scored: Callable[[Tensor], Tensor] = torch.clone

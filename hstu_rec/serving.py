@@ -18,11 +18,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from hstu_rec.bundle import BundleConfig, read_bundle
+from hstu_rec.bundle import BundleConfig, read_bundle, read_index
 from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.data.dataset import LATEST_S, places_of
 from hstu_rec.data.histories import Events, Histories, OnUnknown, read_histories, rows_of
 from hstu_rec.data.own_ids import IdIndex
+from hstu_rec.item_index import ItemIndex
 from hstu_rec.metrics import both_metrics, cut_off_problems
 from hstu_rec.model import NextItemModel
 from hstu_rec.portions import Portion
@@ -36,24 +37,41 @@ MAX_NUMBERS = 2**24
 CHUNK_ITEMS = 2**17
 
 
-def load_bundle(path: str | Path) -> "ServingModel":
+def load_bundle(path: str | Path, *, use_index: bool = False) -> "ServingModel":
     """The model of a folder that apps/export.py wrote, on CPU; nothing of the folder is executed.
 
-    The item vectors are mapped into memory. Raises ValueError (BundleError) with the file and what is wrong
-    with it: damage, another format version, ids that are not the model's.
+    The item vectors are mapped into memory. With `use_index` the folder's FAISS index finds the items to
+    score where all may be recommended: sooner, and some are missed, as README.md in the folder tells. FAISS
+    parses the file in C++ that is not made for files of strangers: ask for it where the maker is trusted.
+
+    Raises ValueError (BundleError) with the file and what is wrong with it: damage, another format version,
+    ids that are not the model's, no index.
     """
-    return ServingModel(*read_bundle(path))
+    config, model, items = read_bundle(path)
+    index = read_index(path, config) if use_index else None
+    return ServingModel(config, model, items, index)
 
 
 class ServingModel:
-    """A trained model with the own ids of its items. `config` tells what it is and was measured to be."""
+    """A trained model with the own ids of its items. `config` tells what it is and was measured to be;
+    `model` is in evaluation mode."""
 
-    def __init__(self, config: BundleConfig, model: NextItemModel, items: IdIndex) -> None:
-        self.config, self.items = config, items
-        self._model = model.eval()
+    def __init__(
+        self,
+        config: BundleConfig,
+        model: NextItemModel,
+        items: IdIndex,
+        index: ItemIndex | None = None,
+    ) -> None:
+        self.config, self.items, self._index = config, items, index
+        self.model = model.eval()
         self._rows: Any = model.table.rows
         shard = ItemShard(self._rows, 0, len(self._rows), model.loss.item_vectors)
         self._catalogue = Catalogue.of(shard)
+
+    def with_index(self, index: ItemIndex) -> "ServingModel":
+        """The same model, by an index of its items."""
+        return ServingModel(self.config, self.model, self.items, index)
 
     @property
     def uses_query_time(self) -> bool:
@@ -113,7 +131,7 @@ class ServingModel:
         batch_users = min(max(MAX_NUMBERS // width, 1), BATCH_USERS)
         num_users = len(histories.user_ids)
         parts = [
-            self._of_users(
+            self.best_rows(
                 histories, times, slice(begin, begin + batch_users), k, filter_seen, chosen
             )
             for begin in range(0, num_users, batch_users)
@@ -183,9 +201,12 @@ class ServingModel:
         events: as for `recommend`. Users with fewer than two events of known items are left out. Raises
         ValueError when that leaves none.
         """
+        return self.evaluate_last(read_histories(events, self.items, on_unknown), ks)
+
+    def evaluate_last(self, histories: Histories, ks: Sequence[int]) -> dict[str, Any]:
+        """`evaluate` of the last event of histories of rows of this model."""
         if problems := cut_off_problems(ks):
             raise ValueError("; ".join(problems))
-        histories = read_histories(events, self.items, on_unknown)
         lengths = np.diff(histories.offsets)
         begins, ends = histories.offsets[:-1][lengths > 1], histories.offsets[1:][lengths > 1] - 1
         chunk = Portion("items", CHUNK_ITEMS, LEAST_CHUNK_ITEMS)
@@ -196,7 +217,7 @@ class ServingModel:
             ranks.append(
                 torch.stack(
                     rank_targets(
-                        queries, self._catalogue.shard, chunk, self._model.loss.seen_score()
+                        queries, self._catalogue.shard, chunk, self.model.loss.seen_score()
                     )
                 )
             )
@@ -227,7 +248,7 @@ class ServingModel:
                 f"none of {len(candidates)} candidates is known; give at least one that is"
             )
         shard = ItemShard(
-            self._rows[torch.from_numpy(rows)], 0, len(rows), self._model.loss.item_vectors
+            self._rows[torch.from_numpy(rows)], 0, len(rows), self.model.loss.item_vectors
         )
         return Candidates(rows, Catalogue.of(shard))
 
@@ -256,16 +277,18 @@ class ServingModel:
                 )
         return np.array(given, dtype=np.int64)
 
-    def _of_users(
+    def best_rows(
         self,
         histories: Histories,
         times: np.ndarray,
         users: slice,
         k: int,
-        filter_seen: bool,
-        chosen: "Candidates",
+        filter_seen: bool = True,
+        chosen: "Candidates | None" = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(user, row, score) of the best items of some users, [n] each."""
+        """(user, row, score) of the best items of some users, all at once: int64, int64, float64 [n] each;
+        arguments as of `recommend_to`."""
+        chosen = chosen or Candidates(np.arange(len(self.items)), self._catalogue)
         whole = histories.offsets[users.start : users.stop + 1]
         batch, queries = self._encoded(histories, times[users], whole[:-1], whole[1:])
         every = torch.arange(len(queries))
@@ -274,9 +297,11 @@ class ServingModel:
             items, added = torch.from_numpy(histories.items[whole[0] : whole[-1]]), -torch.inf
         else:
             owner = torch.repeat_interleave(every, batch.offsets.diff())
-            items, added = batch.item_ids, self._model.loss.seen_score()
+            items, added = batch.item_ids, self.model.loss.seen_score()
         seen = Seen(*chosen.among(owner, items), added)
-        scores, places = best_items(queries, chosen.catalogue, k, seen)
+        is_all = chosen.catalogue is self._catalogue
+        find = self._index.best_items if self._index and is_all else best_items
+        scores, places = find(queries, chosen.catalogue, k, seen)
         is_candidate = ~scores.isneginf()
         user = users.start + is_candidate.nonzero()[:, 0]
         rows = torch.from_numpy(chosen.rows)[places[is_candidate]]
@@ -289,7 +314,7 @@ class ServingModel:
         begins = np.maximum(ends - self.config.encoder.max_history_len, begins)
         batch = _batch(histories, times, begins, ends)
         with torch.inference_mode():
-            queries, _ = self._model(batch)
+            queries, _ = self.model(batch)
         return batch, queries.float()
 
 

@@ -1,5 +1,7 @@
 """Installs the pinned CPU environment into the Python that runs this; nothing of CUDA is downloaded.
 
+    python requirements/install.py [serve.txt]
+
 torch's CPU build comes from PyTorch's own CPU index where a short probe reaches it, else from where pip
 looks by itself. The version's local part, +cpu, is what keeps the CUDA build of the public index away.
 """
@@ -55,16 +57,18 @@ def install_torch() -> None:
     )
 
 
-def main() -> None:
-    """Installs torch and the pins beside this file, then checks the build that is there."""
-    print(f"installing torch {TORCH}+cpu and requirements/cpu.txt, about a minute", flush=True)
+def main(name: str = "cpu.txt") -> None:
+    """Installs torch and the pins `name` beside this file, then checks the build that is there."""
+    print(f"installing torch {TORCH}+cpu and requirements/{name}, about a minute", flush=True)
     install_torch()
     # --no-deps: torchrec asks for an unpinned fbgemm-gpu, which is the CUDA build until the next step.
-    pins = Path(__file__).with_name("cpu.txt")
+    pins = Path(__file__).with_name(name)
     if subprocess.run([*PIP_INSTALL, "-r", str(pins)]).returncode:
         sys.exit(f"error: pip could not install {pins.name}; its last lines above say why")
     name_of_fbgemm = str(Path(__file__).with_name("fbgemm-gpu"))
-    if subprocess.run([*PIP_INSTALL, "--no-build-isolation", name_of_fbgemm]).returncode:
+    has_fbgemm = "fbgemm-gpu-cpu" in pins.read_text(encoding="utf-8")
+    named = [*PIP_INSTALL, "--no-build-isolation", name_of_fbgemm]
+    if has_fbgemm and subprocess.run(named).returncode:
         sys.exit(f"error: pip could not install {name_of_fbgemm}; its last lines above say why")
     check = "import sys, torch; sys.exit(torch.version.cuda is not None)"
     if subprocess.run([sys.executable, "-c", check]).returncode:
@@ -72,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:2])

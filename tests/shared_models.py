@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file
 
 from hstu_rec import bundle
 from hstu_rec.config import RunConfig, load
@@ -62,6 +65,29 @@ def lists(table) -> dict[int, list[str]]:
         found.setdefault(user, []).append(item)
         assert rank == len(found[user])
     return found
+
+
+def program_lists(folder: Path, dataset: Dataset, longest: int) -> dict[int, list[str]]:
+    """Ten best unseen items of every user by a bundle's program.pt2 and plain products with the vectors of
+    its files, by the newest `longest` events."""
+    program, num_users = torch.export.load(folder / "program.pt2").module(), dataset.num_users
+    units = load_file(folder / "item_vectors.safetensors")["item_vectors"].double().numpy()
+    units = units / np.linalg.norm(units, axis=1, keepdims=True)
+    own = pq.read_table(folder / "items.parquet").column("item_id").to_pylist()
+    users, ends = np.arange(num_users), dataset.valid_ends
+    items, times, offsets = dataset.gather(users, 0 * users, ends)
+    _, at, _ = dataset.gather(users, ends, ends + 1)
+    ids, seconds = np.zeros((2, num_users, longest), dtype=np.int64)
+    lengths = np.minimum(np.diff(offsets), longest)
+    for user, (end, length) in enumerate(zip(offsets[1:], lengths, strict=True)):
+        ids[user, :length], seconds[user, :length] = (
+            items[end - length : end],
+            times[end - length : end],
+        )
+    queries = program(*map(torch.from_numpy, (ids, lengths, seconds, at)))
+    scores = queries.detach().double().numpy() @ units.T
+    scores[np.repeat(users, np.diff(offsets)), items] = -np.inf
+    return {user: [own[row] for row in np.argsort(-scores[user])[:10]] for user in users}
 
 
 def changed(folder: Path, **values) -> None:

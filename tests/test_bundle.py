@@ -22,7 +22,15 @@ from hstu_rec.export import ExportConfig, serve_run
 from hstu_rec.item_table import local_shards
 from hstu_rec.learner import Learner
 from tests.ranks import run_ranks
-from tests.shared_models import changed, events_of, lists, refreshed, train_run, write_data
+from tests.shared_models import (
+    changed,
+    events_of,
+    lists,
+    program_lists,
+    refreshed,
+    train_run,
+    write_data,
+)
 
 ROOT = Path(__file__).parent.parent
 NUM_USERS = 1000
@@ -48,7 +56,8 @@ def exported(run):
     """The bundle, its rows written in several blocks."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(export, "BLOCK_ROWS", 64)
-        export.export(run, run.parent / "bundle", ExportConfig(license="Apache-2.0"))
+        about = ExportConfig(license="Apache-2.0", program="torch")
+        export.export(run, run.parent / "bundle", about)
     return run.parent / "bundle"
 
 
@@ -82,17 +91,19 @@ def eager_lists(run: Path, data: Path) -> dict[int, list[str]]:
 
 
 @pytest.mark.fault("R32")
-def test_a_model_recommends_the_same_in_training_exported_and_reloaded(run, exported, data, tries):
+def test_a_model_recommends_the_same_in_training_exported_reloaded_and_as_a_program(
+    run, exported, data, tries
+):
     dataset = Dataset(data)
     events, at, _ = events_of(dataset, np.arange(NUM_USERS))
-    expected = eager_lists(run, data)
+    expected, by_program = eager_lists(run, data), program_lists(exported, dataset, 6)
     before, after = (
         lists(model.recommend(events, 10, at=at))
         for model in (serve_run(run), load_bundle(exported))
     )
     assert len({tuple(one) for one in expected.values()}) > NUM_USERS // 2
     for user in range(NUM_USERS):
-        tries.count(expected[user] == before[user] == after[user])
+        tries.count(expected[user] == before[user] == after[user] == by_program[user])
 
 
 @pytest.mark.parametrize("shared", ["exported", "plain"])
@@ -353,6 +364,7 @@ def test_a_bundle_holds_known_kinds_of_files_and_says_what_it_is(run, exported):
         "item_vectors.safetensors",
         "items.parquet",
         "model.safetensors",
+        "program.pt2",
     }
     assert {path.name for path in exported.iterdir()} == names
     config = json.loads((exported / "config.json").read_text())

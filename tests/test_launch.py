@@ -138,6 +138,7 @@ POSITIONALS = {
     "plan": [],
     "export": ["{run}", "{run}/out"],
     "recommend": ["{run}", "{run}/data", "{run}/out"],
+    "serve": ["{run}"],
 }
 
 

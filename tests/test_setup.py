@@ -66,6 +66,13 @@ def test_what_tests_and_the_site_need_beside_it_is_pinned_once() -> None:
     assert len(names) == len(set(names))
 
 
+def test_the_serving_environment_is_pinned_as_the_whole_one_and_lacks_what_trains() -> None:
+    pinned, whole = pins("serve.txt"), pins("cpu.txt") | pins("dev.txt") | pins("docs.txt")
+    assert not {"torch", "torchrec", "fbgemm-gpu-cpu", "duckdb", "torchx"} & set(pinned)
+    assert {"fastapi", "uvicorn", "faiss-cpu", "numpy", "pyarrow", "safetensors"} <= set(pinned)
+    assert not [name for name in pinned.keys() & whole.keys() if pinned[name] != whole[name]]
+
+
 def test_the_cuda_requirements_are_a_triple_that_works() -> None:
     pinned = pins("cuda.txt")
     release = ".".join(pinned["torch"].split(".")[:2])
@@ -76,7 +83,7 @@ def test_every_dependency_of_the_project_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
     names = {re.match(r"[A-Za-z0-9-]+", one)[0] for one in wanted}  # pyright: ignore
-    assert names - {"torch"} <= set(pins("cpu.txt"))
+    assert names - {"torch"} <= set(pins("cpu.txt") | pins("serve.txt"))
 
 
 def test_a_commit_is_held_against_what_lint_and_types_run() -> None:
@@ -142,7 +149,7 @@ def test_without_a_cpu_build_the_installation_stops_with_a_sentence(
 def test_one_command_makes_the_environment_and_does_the_work(target: str, tmp_path: Path) -> None:
     (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
     (tmp_path / "requirements").mkdir()
-    for name in ("install.py", "cpu.txt", "dev.txt"):
+    for name in ("install.py", "cpu.txt", "dev.txt", "serve.txt"):
         (tmp_path / "requirements" / name).touch()
     (tmp_path / "pyproject.toml").touch()
     done = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True)
@@ -290,7 +297,17 @@ def test_the_blocked_imports_are_really_blocked() -> None:
 
 @pytest.mark.parametrize(
     "app",
-    ["train", "evaluate", "export", "recommend", "prepare", "benchmark", "make_events", "plan"],
+    [
+        "train",
+        "evaluate",
+        "export",
+        "recommend",
+        "prepare",
+        "benchmark",
+        "make_events",
+        "plan",
+        "serve",
+    ],
 )
 def test_every_app_starts_without_triton(app: str) -> None:
     code = BLOCK.replace('"torchrec",', '"triton",').replace('"fbgemm_gpu", ', "")

@@ -11,6 +11,7 @@ from hstu_rec.benchmarks.loss import LossTimes, loss_times
 from hstu_rec.benchmarks.memory import measure_memory
 from hstu_rec.benchmarks.ranking import RankingTimes, ranking_times
 from hstu_rec.benchmarks.saving import saving_times
+from hstu_rec.benchmarks.serving import ServingTimes, serving_times
 from hstu_rec.benchmarks.steps import compare_steps, figures_by_epoch, time_epochs
 from hstu_rec.config import RunConfig
 from hstu_rec.planning import PlannedRun
@@ -27,5 +28,6 @@ MEASURES: dict[str, tuple[Any, Any]] = {
     "ranking": (RankingTimes, ranking_times),
     "guards": (RunConfig, guard_times),
     "saving": (RunConfig, saving_times),
+    "serving": (ServingTimes, serving_times),
     "memory": (PlannedRun, measure_memory),
 }

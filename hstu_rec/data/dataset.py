@@ -23,7 +23,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hstu_rec.data.features import FEATURES, schema_of
 from hstu_rec.data.mapped import OpenFiles, open_arrow, views, whole
 from hstu_rec.durable import digest_of
 
@@ -31,12 +30,18 @@ FORMAT_VERSION = 3
 EVENT_CHUNK_ROWS = 2**22
 ITEMS, SEQUENCES = "items.parquet", "sequences.parquet"
 MAPPED = ("counts.arrow", "users.arrow", "events.arrow")
+FEATURES = "features.arrow"
 MAX_ITEMS = 2**31 - 1
 # Times are unix seconds below this, in the year 5138.
 LATEST_S = 10**11
 # Of a parquet file, what its fingerprint is of.
 END_BYTES = 2**16
 FILES = (ITEMS, *MAPPED, "stats.json")
+
+
+def schema_of_features(names: list[str]) -> pa.Schema:
+    """Of features.arrow."""
+    return pa.schema([(name, pa.float32()) for name in names])
 
 
 def parts(path: Path) -> list[Path]:
@@ -228,7 +233,7 @@ class Dataset:
         if not self.feature_names:
             return {}
         table = open_arrow(self.path / FEATURES)
-        if table.schema != schema_of(self.feature_names) or len(table) != self.num_events:
+        if table.schema != schema_of_features(self.feature_names) or len(table) != self.num_events:
             self._refuse(
                 FEATURES,
                 f"it holds {len(table):,} rows of {table.schema.names}, {self.num_events:,} float32 rows of "

@@ -7,11 +7,9 @@ features.arrow   one row an event, in the order of events.arrow; float32 columns
 from typing import Any
 
 import duckdb
-import pyarrow as pa
 
 from hstu_rec.data.database import row, scalar
 
-FEATURES = "features.arrow"
 # Of texts: what is worth a row of a small table each.
 MAX_VALUES = 2**16
 
@@ -19,11 +17,6 @@ MAX_VALUES = 2**16
 def roles_of(names: list[str]) -> dict[str, str]:
     """The column's name by its role, which is its name in SQL."""
     return {f"feature_{place}": name for place, name in enumerate(names)}
-
-
-def schema_of(names: list[str]) -> pa.Schema:
-    """Of features.arrow."""
-    return pa.schema([(name, pa.float32()) for name in names])
 
 
 def number_texts(connection: duckdb.DuckDBPyConnection, roles: dict[str, str]) -> dict[str, str]:

@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 
 from hstu_rec.data import dataset
 from hstu_rec.data.database import row
-from hstu_rec.data.features import FEATURES, schema_of
 from hstu_rec.data.mapped import arrow_writer
 from hstu_rec.data.own_ids import hash_items
 from hstu_rec.data.tally import Tally
@@ -50,12 +49,12 @@ def write_events(
     tally = Tally(num_items, marks["length"], marks["train_end"])
     reader = connection.sql(query).to_arrow_reader(min(dataset.EVENT_CHUNK_ROWS, READ_ROWS))
     schema = pa.schema([("item", pa.int32()), ("timestamp", pa.int64())])
-    of_features = schema_of([*features])
+    of_features = dataset.schema_of_features([*features])
     with ExitStack() as files:
         events = files.enter_context(arrow_writer(folder / "events.arrow", schema))
         beside = None
         if features:
-            beside = files.enter_context(arrow_writer(folder / FEATURES, of_features))
+            beside = files.enter_context(arrow_writer(folder / dataset.FEATURES, of_features))
         for batch in _rechunked(_tallied(reader, tally), dataset.EVENT_CHUNK_ROWS):
             events.write_batch(batch.select(schema.names))
             if beside is not None:

@@ -60,7 +60,7 @@ PROMISES = {
     "R29": Promise("bundle of another version, other item map", "refused in a sentence"),
     "R30": Promise("bad event files", "file and column named, or a lossless cast", 20),
     "R31": Promise("out of memory in evaluation", "smaller chunks, same result"),
-    "R32": Promise("export, reload", "same ten items for 1000 users", 1000),
+    "R32": Promise("export, reload, program", "same ten items for 1000 users", 1000),
     "R33": Promise(
         "500 fits in one process, an hour of training", "memory, descriptors, shared memory flat"
     ),

@@ -1,0 +1,233 @@
+"""apps/serve.py answers over HTTP what the model recommends, to many at once, and tells what is wrong."""
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hstu_rec import __version__, export, load_bundle
+from hstu_rec.answers import Request, Together, answers
+from hstu_rec.benchmarks.serving import ServingTimes, serving_times
+from hstu_rec.export import ExportConfig
+from tests.shared_models import train_run, write_data
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """Of a model that does not use the query time, and of one that does."""
+    folder = tmp_path_factory.mktemp("serve")
+    write_data(folder / "data", 200)
+    for name, settings in (("plain", ()), ("timed", ("encoder.query_time=next",))):
+        train_run(folder / "data", folder / f"run {name}", "train.max_epochs=1", *settings)
+        export.export(folder / f"run {name}", folder / name, ExportConfig(name=name))
+    return folder
+
+
+WITHOUT_TORCHREC = """
+import runpy, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torchrec", "fbgemm_gpu", "torchx", "duckdb", "tensorboard", "matplotlib"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def url(bundles):
+    """Where the plain model is served by the app, which is run without what trains."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = [str(bundles / "plain"), f"port={port}"]
+    command = [sys.executable, "-c", WITHOUT_TORCHREC, "apps/serve.py", *arguments]
+    with (bundles / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    url, began = f"http://127.0.0.1:{port}", time.monotonic()
+    try:
+        while True:
+            assert process.poll() is None, (bundles / "log").read_text()
+            assert time.monotonic() - began < 90, "it does not answer"
+            try:
+                got(f"{url}/health")
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield url
+        assert process.poll() is None, (bundles / "log").read_text()
+        assert "Traceback" not in (bundles / "log").read_text()
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def got(url, body=None):
+    """(status, answer) of a request, `body` being what is sent as JSON, or bytes."""
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    asked = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def requests_of(num_users):
+    random = np.random.default_rng(3)
+    return [
+        {
+            "item_ids": [f"item {n:04d}" for n in random.integers(0, 150, length)],
+            "timestamps": sorted(random.integers(10**9, 10**9 + 10**6, length).tolist()),
+            "k": int(random.integers(1, 12)),
+            "filter_seen": bool(random.integers(2)),
+        }
+        for length in random.integers(1, 20, num_users)
+    ]
+
+
+def expected(model, request):
+    events = {"item_id": request["item_ids"], "timestamp": request["timestamps"]}
+    events["user_id"] = [1] * len(events["item_id"])
+    table = model.recommend(events, request["k"], filter_seen=request["filter_seen"])
+    return table.drop_columns("user_id").to_pylist()
+
+
+def test_it_says_what_it_serves(url):
+    about = {"name": "plain", "items": 150, "version": __version__, "uses_query_time": False}
+    assert got(f"{url}/health") == (200, about)
+
+
+def test_many_clients_at_once_get_what_each_gets_alone(url, bundles):
+    model, asked = load_bundle(bundles / "plain"), requests_of(120)
+    with ThreadPoolExecutor(16) as clients:
+        given = [*clients.map(lambda one: got(f"{url}/recommend", one), asked)]
+    for request, (status, answer) in zip(asked, given, strict=True):
+        assert status == 200, answer
+        assert answer["num_unknown"] == 0
+        wanted = expected(model, request)
+        assert [row["item_id"] for row in answer["items"]] == [row["item_id"] for row in wanted]
+        assert [row["rank"] for row in answer["items"]] == [*range(1, len(wanted) + 1)]
+        scores = [row["score"] for row in wanted]
+        assert [row["score"] for row in answer["items"]] == pytest.approx(scores, abs=1e-6)
+
+
+GOOD = {"item_ids": ["item 0001", "item 0002"], "timestamps": [5, 6]}
+
+
+def test_candidates_unknown_items_and_users_without_known_ones_are_answered(url):
+    chosen = ["item 0009", "item 0004", "item 0001"]
+    status, answer = got(f"{url}/recommend", GOOD | {"candidates": chosen})
+    assert status == 200
+    assert {row["item_id"] for row in answer["items"]} == {"item 0009", "item 0004"}
+    more = {"item_ids": [*GOOD["item_ids"], "new"], "timestamps": [5, 6, 7]}
+    alone = got(f"{url}/recommend", GOOD)[1]
+    assert got(f"{url}/recommend", more) == (200, alone | {"num_unknown": 1})
+    unknown = {"item_ids": ["new"], "timestamps": ["2020-01-01"]}
+    assert got(f"{url}/recommend", unknown) == (200, {"items": [], "num_unknown": 1})
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b"{", "JSON decode error"),
+        ([1], "valid dictionary"),
+        ({}, "item_ids: Field required; timestamps: Field required"),
+        (GOOD | {"kk": 3}, "kk: Extra inputs"),
+        (GOOD | {"k": 0}, "k: Input should be greater than or equal to 1"),
+        (GOOD | {"k": True}, "k: Input should be a valid integer"),
+        (GOOD | {"k": 10**30}, "k: Input should be"),
+        (GOOD | {"timestamps": [5]}, "a timestamp for every item id; got 2 item_ids and 1"),
+        (GOOD | {"timestamps": [5, -6]}, "1 timestamps are outside 0"),
+        (GOOD | {"timestamps": [5, 2**65]}, ""),
+        (GOOD | {"timestamps": [5, "2020-01-01"]}, "timestamps"),
+        (GOOD | {"timestamps": ["yesterday", "today"]}, "ISO text; got string, such as 'yesterday"),
+        (GOOD | {"item_ids": [1, 2]}, "item_id holds integers, the model's items are strings"),
+        (GOOD | {"item_ids": ["item 0001", None]}, "item_ids"),
+        (GOOD | {"item_ids": ["item 0001", 2]}, "item_ids"),
+        ({"item_ids": [], "timestamps": []}, "item_ids"),
+        (GOOD | {"candidates": ["new"]}, "none of 1 candidates is known"),
+        (GOOD | {"candidates": []}, "candidates"),
+        (GOOD | {"at": 7}, "at has no effect on this model"),
+        (b'{"item_ids": ["\\ud800"], "timestamps": [1]}', ""),
+        (b'{"item_ids": ["item 0001"], "timestamps": [NaN]}', ""),
+    ],
+)
+def test_a_bad_request_is_told_in_a_sentence(url, body, told):
+    status, answer = got(f"{url}/recommend", body)
+    assert 400 <= status < 500 and isinstance(answer["detail"], str), answer
+    assert answer["detail"] and told in answer["detail"]
+
+
+def test_the_time_of_answers_is_measured_for_each_number_of_clients(url, bundles):
+    config = ServingTimes(bundle=str(bundles / "plain"), url=url, clients=[1, 3], num_requests=20)
+    one, three = serving_times(config, torch.device("cpu"))
+    for line, clients in ((one, 1), (three, 3)):
+        assert line.split()[:3] == [str(clients), "clients", "median"]
+        assert 0 < float(line.split()[3]) <= float(line.split()[6])
+    with pytest.raises(ValueError, match="answered 200"):  # with fewer items than were asked for
+        [*serving_times(replace(config, k=200), torch.device("cpu"))]
+    assert ServingTimes(clients=[0]).problems() and ServingTimes(clients=[]).problems()
+
+
+def test_what_is_wrong_with_one_request_is_told_to_it_alone(bundles):
+    model = load_bundle(bundles / "plain")
+    good, bad = Request(**GOOD), Request(item_ids=["item 0001"], timestamps=[-1])
+    first, wrong, last = answers(model, [good, bad, good])
+    assert first == last == answers(model, [good])[0] and len(first["items"]) == 10
+    assert isinstance(wrong, ValueError) and "outside 0" in str(wrong)
+
+
+def test_a_model_that_uses_the_query_time_takes_now_or_the_time_that_is_given(bundles, monkeypatch):
+    model = load_bundle(bundles / "timed")
+    monkeypatch.setattr(time, "time", lambda: 1e9 + 0.5)
+    now, same, later = answers(model, [Request(**GOOD, at=at) for at in (None, 10**9, 2 * 10**9)])
+    assert now == same != later
+    early = answers(model, [Request(**GOOD, at=5)])[0]
+    assert isinstance(early, ValueError) and "not before the newest event" in str(early)
+
+
+def test_those_that_wait_are_answered_together_and_a_failure_ends_none_but_theirs():
+    calls, gate = [], threading.Event()
+
+    def answer(asked):
+        calls.append(asked)
+        assert gate.wait(20)
+        if 5 in asked:
+            raise RuntimeError("of 5")
+        return [ValueError(f"of {one}") if one == 2 else one * 10 for one in asked]
+
+    async def ask():
+        together = Together(answer, 3)
+        asked = [asyncio.create_task(together.ask(0))]
+        while not calls:
+            await asyncio.sleep(0.001)
+        asked += [asyncio.create_task(together.ask(one)) for one in range(1, 8)]
+        await asyncio.sleep(0)
+        asked[7].cancel()
+        gate.set()
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        return [*found, await together.ask(9)]
+
+    found = asyncio.run(ask())
+    assert calls == [[0], [1, 2, 3], [4, 5, 6], [7], [9]]
+    assert [found[0], found[1], found[3], found[8]] == [0, 10, 30, 90]
+    assert repr(found[2]) == "ValueError('of 2')"
+    assert [repr(found[place]) for place in (4, 5, 6)] == ["RuntimeError('of 5')"] * 3
+    assert isinstance(found[7], asyncio.CancelledError)
