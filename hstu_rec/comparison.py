@@ -15,17 +15,12 @@ from typing import Any, Literal
 
 from yaml import YAMLError, safe_load
 
+from hstu_rec.drawing import BLUE, GREY, INK, dress, new_figure, png
 from hstu_rec.report import (
-    BLUE,
-    GREY,
-    INK,
     SEEN_ITEMS,
-    dress,
     duration,
     listing,
     markdown_table,
-    new_figure,
-    png,
     protocol_line,
     query_time_used,
     words,

@@ -27,9 +27,13 @@ def result_of(
         evaluate(learner.model, dataset, split, config.eval, learner.device, after_batch)
         for split in ("valid", "test")
     )
-    baselines = (
-        baseline_metrics(dataset, "test", config.eval.ks) if config.eval.with_baselines else {}
-    )
+    baselines, with_groups = {}, config.eval.with_groups
+    if config.eval.with_baselines:
+        baselines = baseline_metrics(dataset, "test", config.eval.ks, with_groups)
+    groups = {}
+    if with_groups:
+        groups = {"model": test.pop("groups")}
+        groups |= {name: row.pop("groups") for name, row in baselines.items()}
     num_events = learner.stream.num_positions * progress.epoch
     encoder = config.encoder
     return {
@@ -51,6 +55,7 @@ def result_of(
         "valid": {part: valid[part] for part in PARTS},
         "baselines": baselines,
         "further": _further(config, dataset, test),
+        "groups": groups,
         "timing": {
             "prepare_s": dataset.stats.get("prepare_s"),
             "train_s": progress.train_s,

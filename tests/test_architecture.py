@@ -35,7 +35,7 @@ LAYERS = [
     {"softmax", "scores"},
     {"failures"},
     {"data", "ops"},
-    {"checkpoint", "tracking", "guards", "lock"},
+    {"checkpoint", "tracking", "guards", "lock", "drawing"},
     {"hosts", "portions"},
     {"distributed", "versions", "settings", "transfer", "durable"},
     {"meeting", "signals"},
