@@ -15,7 +15,7 @@ from hstu_rec.model import NextItemModel
 from hstu_rec.portions import Portion, agreed
 from hstu_rec.ranking import LEAST_CHUNK_ITEMS, Queries, rank_targets
 from hstu_rec.scores import ItemShard
-from hstu_rec.settings import at_least
+from hstu_rec.settings import at_least, without_effect
 
 # A bar is shown when ranking takes longer.
 BAR_AFTER_S = 2.0
@@ -38,11 +38,18 @@ class EvalConfig:
     """Adds figures over the targets that occur at least so often in training; 0 for none."""
     with_groups: bool = True
     """Adds figures of the test by length of the history and by how often the target occurs in training."""
+    num_listed_users: int = 10000
+    """Test users, evenly spaced, whose ten best items are found for coverage, novelty and examples; 0 for
+    none. The time grows with users times items."""
+    num_examples: int = 3
+    """Test users whose history, target and list the report shows, with own ids, and titles if there are."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
         found = at_least(self, 1, "batch_users", "chunk_items")
-        found += at_least(self, 0, "min_train_count")
+        found += at_least(self, 0, "min_train_count", "num_listed_users", "num_examples")
+        if not self.num_listed_users:
+            found += without_effect(self, "without num_listed_users", "num_examples")
         return found + cut_off_problems(self.ks)
 
 
@@ -105,13 +112,13 @@ def _ranked(
     after_batch: Callable[[], None],
 ) -> _Ranked:
     model: NextItemModel = sharded.module
-    shard = _shard(sharded, model, dataset.num_items, device)
+    shard = shard_of(sharded, model, dataset.num_items, device)
     seen_score = model.loss.seen_score()
     chunk = Portion("eval.chunk_items", config.chunk_items, LEAST_CHUNK_ITEMS)
     users = Portion("eval.batch_users", config.batch_users, is_shared=True)
 
     def ranks_of(batch: EvalBatch) -> Tensor:
-        queries = _queries(model, batch, shard, device)
+        queries = encoded(model, batch, shard, device)
         return torch.stack(rank_targets(queries, shard, chunk, seen_score))
 
     ranks, targets, is_repeated, lengths = [], [], [], []
@@ -139,7 +146,7 @@ def _ranked(
     return _Ranked(torch.cat(ranks, 1), *map(torch.cat, (targets, is_repeated, lengths)))
 
 
-def _queries(
+def encoded(
     model: NextItemModel, batch: EvalBatch, shard: ItemShard, device: torch.device
 ) -> Queries:
     """This rank's queries, encoded. Collective; raises SharedShortage on all ranks when one cannot."""
@@ -162,7 +169,7 @@ def _is_repeated(batch: EvalBatch) -> Tensor:
     return torch.bincount(owner[batch.seen_ids == targets[owner]], minlength=len(targets)) > 0
 
 
-def _shard(
+def shard_of(
     sharded: nn.Module, model: NextItemModel, num_items: int, device: torch.device
 ) -> ItemShard:
     """This rank's live rows, which the loss scores."""

@@ -16,6 +16,10 @@
                "seen_allowed"}}}}, the model first; GROUPING: history_length (events before the target) and
                target_train_count (how often the target occurs in training); bins without users have
                num_users alone
+    recommended  optional: num_users, k, coverage, num_items, novelty, target_novelty, as
+               top_lists.beyond_accuracy defines them
+    examples   optional: [{"user", "num_events", "history": [ITEM, ...], "target": ITEM,
+               "recommended": [ITEM, ...]}, ...], where ITEM has item_id and, where there is one, title
     timing     prepare_s (None when the dataset does not tell), train_s, events_per_s
     versions   {"torch": "2.13.0", ...}
 
@@ -35,7 +39,10 @@ from hstu_rec.tracking import read_metrics
 
 SECTIONS = ("protocol", "test", "valid", "baselines", "timing", "versions")
 FIRST_METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
-OPTIONAL = ("further", "groups")
+OPTIONAL = ("further", "groups", "recommended", "examples")
+# What Markdown, GitHub's too, takes for more than text.
+MARKUP = re.compile(r"[\\`*_\[\]<>()#|~!&$@:{}]")
+MAX_TITLE = 80
 SEEN_ITEMS = {"seen_masked": "masked", "seen_allowed": "allowed"}
 PROTOCOL = (
     "use_query_time",
@@ -181,6 +188,8 @@ def _markdown(title: str, result: Mapping[str, Any], config_text: str) -> str:
         "## Validation": markdown_table(_validation_cells(result["valid"])),
         "## Curves": "![Training loss by step; validation metric by epoch](curves.png)",
         "## By group": _groups(result.get("groups", {})),
+        "## Recommended": _recommended(result.get("recommended", {})),
+        "## Examples": _examples(result.get("examples", [])),
         "## Data": listing(protocol.get("data", {}), "statistic"),
         "## Protocol": listing(further, "setting"),
         "## Timing": listing(
@@ -218,6 +227,48 @@ def _group_cells(groups: Mapping[str, Any], grouping: str, seen: str) -> list[li
         cells = [_cell(values[m]) if values else "" for values in found for m in metrics]
         rows.append([name, _cell(one["num_users"]), *cells])
     return rows
+
+
+def _recommended(found: Mapping[str, Any]) -> str:
+    """Coverage and novelty in sentences, "" where no lists were made."""
+    if not found:
+        return ""
+    users, k = f"{found['num_users']:,} test users", found["k"]
+    return (
+        f"The {k} best items, seen items masked, of {users}: {found['num_items']:,} items are in any of the "
+        f"lists, **{found['coverage']:.1%}** of the catalogue (coverage). Novelty, the mean of -log2 of an "
+        f"item's share of the training events: **{found['novelty']:.2f}** bits; of the same users' targets "
+        f"{found['target_novelty']:.2f} bits."
+    )
+
+
+def _examples(examples: Sequence[Mapping[str, Any]]) -> str:
+    """A table a user: the newest events, the target, and what is recommended."""
+    parts = []
+    for one in examples:
+        target = one["target"]
+        rows = [["", "item", "title"]]
+        rows += [["history", *_item_cells(item)] for item in one["history"]]
+        rows.append(["**target**", *_item_cells(target)])
+        for rank, item in enumerate(one["recommended"], start=1):
+            hit = " (the target)" if item == target else ""
+            rows.append([f"{rank} recommended{hit}", *_item_cells(item)])
+        if not any(cells[2] for cells in rows[1:]):
+            rows = [cells[:2] for cells in rows]
+        told = f"User {plain(str(one['user']))}, the newest of {one['num_events']:,} events:"
+        parts.append(f"{told}\n\n{markdown_table(rows)}")
+    return "\n\n".join(parts)
+
+
+def _item_cells(item: Mapping[str, Any]) -> list[str]:
+    return [plain(str(item["item_id"])), plain(item.get("title", ""))]
+
+
+def plain(text: str) -> str:
+    """Someone's text on one line, cut to MAX_TITLE characters, nothing of which Markdown reads."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    cut = line if len(line) <= MAX_TITLE else line[: MAX_TITLE - 3] + "..."
+    return MARKUP.sub(r"\\\g<0>", cut)
 
 
 def _validation_cells(valid: Mapping[str, Any]) -> list[list[str]]:

@@ -24,7 +24,7 @@ LAYERS = [
     {"pipeline"},
     {"graphs", "memory"},
     {"config", "comparison"},
-    {"report", "baselines"},
+    {"report", "baselines", "top_lists"},
     {"evaluator", "serving"},
     {"bundle"},
     {"model", "hstu", "co_occurrence", "flops", "negatives"},

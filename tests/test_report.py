@@ -2,12 +2,13 @@
 
 import copy
 import json
+import re
 import struct
 
 import numpy as np
 import pytest
 
-from hstu_rec.report import FIRST_METRICS, metric_table, protocol_line, write_report
+from hstu_rec.report import FIRST_METRICS, metric_table, plain, protocol_line, write_report
 from hstu_rec.tracking import Tracker, read_metrics
 from tests.results import PROTOCOL
 
@@ -193,3 +194,42 @@ def test_groups_are_a_table_each_and_a_picture(tmp_path, result):
     result["groups"]["own_history"] = of_method(0.75)
     write_report(tmp_path, result, CONFIG)
     assert (tmp_path / "groups.png").read_bytes() != drawn
+
+
+def test_coverage_and_novelty_are_sentences(tmp_path, result):
+    result["recommended"] = {
+        **{"num_users": 5000, "k": 10, "coverage": 0.123, "num_items": 1488},
+        **{"novelty": 9.876, "target_novelty": 10.5},
+    }
+    write_report(tmp_path, result, CONFIG)
+    page = (tmp_path / "report.md").read_text()
+    assert "of 5,000 test users: 1,488 items" in page
+    assert "**12.3%** of the catalogue" in page and "**9.88** bits" in page and "10.50 bits" in page
+
+
+def example(**title):
+    item = {"item_id": 7, **title}
+    other = {"item_id": "a_b"}
+    parts = {"history": [other, item], "target": item, "recommended": [other, item]}
+    return {"user": "u|1", "num_events": 1234, **parts}
+
+
+def test_examples_show_titles_that_markdown_does_not_read(tmp_path, result):
+    result["examples"] = [example(title="*Bold* | [x](y)\n<b>\x07")]
+    write_report(tmp_path, result, CONFIG)
+    page = (tmp_path / "report.md").read_text()
+    assert "User u\\|1, the newest of 1,234 events:" in page
+    title = r"\*Bold\* \| \[x\]\(y\) \<b\>"
+    assert re.search(rf"\| 2 recommended \(the target\) \| 7 +\| {re.escape(title)} \|", page)
+    assert re.search(r"\| history +\| a\\_b +\| +\|", page)
+
+
+def test_without_titles_examples_have_own_ids_alone(tmp_path, result):
+    result["examples"] = [example()]
+    write_report(tmp_path, result, CONFIG)
+    page = (tmp_path / "report.md").read_text()
+    assert "| **target**" in page and "title" not in page.split("## Examples")[1].split("##")[0]
+
+
+def test_a_long_title_is_cut():
+    assert plain("x" * 81) == "x" * 77 + "..." and plain("x" * 80) == "x" * 80

@@ -48,6 +48,8 @@ class Cleaned:
     """SQL of an event's unix second."""
     has_tie: bool
     """Whether there is a column `tie`."""
+    has_title: bool
+    """Whether there is a column `title`, NULL where an item's row has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +87,10 @@ def clean(
     Raises ValueError for bad rows (unless they are dropped), for ids that are floats with
     fractions, and for times of mixed or ambiguous unit.
     """
-    typed = {role: _id_column(connection, staged, role, bad_rows) for role in ("user", "item")}
-    typed["time"] = _time_column(connection, staged)
-    if "tie" in staged.types:
-        typed["tie"] = _tie_column(connection, staged)
-    if "rating" in staged.types:
-        value = f"TRY_CAST({_text(staged, 'rating')} AS DOUBLE)"
-        typed["rating"] = _Column(value=value, kind="DOUBLE")
-    for role in (one for one in staged.types if one.startswith("feature_")):
-        typed[role] = _feature_column(connection, staged, role)
+    typed = _typed(connection, staged, bad_rows)
+    # No row is bad for its title.
+    tests = _bad(staged, {r: one for r, one in typed.items() if r != "title"}, time_unit)
     values = ", ".join(f"{column.value} AS {role}" for role, column in typed.items())
-    tests = _bad(staged, typed, time_unit)
     reasons = " ".join(f"WHEN {one.test} THEN '{one.reason}'" for one in tests)
     raws = " ".join(f"WHEN {one.test} THEN raw_{one.role}::VARCHAR" for one in tests)
     connection.execute(
@@ -131,7 +126,27 @@ def clean(
         if typed["time"].kind == "DOUBLE"
         else f"time // {ticks}",
         has_tie="tie" in typed,
+        has_title="title" in typed,
     )
+
+
+def _typed(
+    connection: duckdb.DuckDBPyConnection, staged: Staged, bad_rows: BadRows
+) -> dict[str, _Column]:
+    """The columns that there are, by role."""
+    typed = {role: _id_column(connection, staged, role, bad_rows) for role in ("user", "item")}
+    typed["time"] = _time_column(connection, staged)
+    if "tie" in staged.types:
+        typed["tie"] = _tie_column(connection, staged)
+    if "rating" in staged.types:
+        rating = f"TRY_CAST({_text(staged, 'rating')} AS DOUBLE)"
+        typed["rating"] = _Column(value=rating, kind="DOUBLE")
+    if "title" in staged.types:
+        title = f"nullif(trim({_text(staged, 'title')}::VARCHAR), '')"
+        typed["title"] = _Column(value=title, kind="VARCHAR")
+    for role in (one for one in staged.types if one.startswith("feature_")):
+        typed[role] = _feature_column(connection, staged, role)
+    return typed
 
 
 def _names(files: list[Path]) -> str:

@@ -155,6 +155,10 @@ class SyntheticDataset:
         has_names = self.config.own_ids == "string"
         return names("i", items, self.num_items) if has_names else pa.array(items)
 
+    def labels(self, items: np.ndarray) -> list[dict[str, Any]]:
+        """Own id of each, "item_id"."""
+        return [{"item_id": own} for own in self.own_item_ids(items).to_pylist()]
+
     def own_user_ids(self, users: np.ndarray) -> pa.Array:
         """Own ids of these users."""
         has_names = self.config.own_ids == "string"
