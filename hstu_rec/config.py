@@ -48,6 +48,7 @@ from hstu_rec.settings import (
     unknown_key,
     within,
 )
+from hstu_rec.trackers import TrackingConfig
 
 T = TypeVar("T")
 BASE_KEY = "base"
@@ -182,6 +183,7 @@ class RunConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def validation(self) -> EvalConfig:
         """How validations measure: as `eval`, and at the cut-off of train.select."""

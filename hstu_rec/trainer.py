@@ -18,6 +18,7 @@ from hstu_rec.results import result_of
 from hstu_rec.runs import measured_config
 from hstu_rec.signals import StopRequest
 from hstu_rec.starts import load_best, start_of
+from hstu_rec.trackers import check_installed
 from hstu_rec.tracking import METRICS_FILE, Tracker
 from hstu_rec.training import Run, Training
 from hstu_rec.versions import versions
@@ -36,6 +37,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     made_with = versions()  # now, because the source may change while it trains
     with distributed.process_group(config.train.device) as device:
         config = _gone_on_with(config)
+        hosts.on_main(lambda: check_installed(config.tracking.to))
         dataset = _opened(config, made_with)
         # Before anything is written:
         folder = _run_folder(config)
@@ -47,9 +49,10 @@ def train(config: RunConfig) -> dict[str, Any]:
         with (
             lock.only_run_in(folder),
             StopRequest() as stop,
-            Tracker(folder, distributed.is_main()) as tracker,
+            Tracker(folder, distributed.is_main(), config.tracking) as tracker,
             Saver(folder / "checkpoints", config.checkpoint) as saver,
         ):
+            hosts.on_main(lambda: tracker.begin(folder.name, leaves(config)))
             learner = Learner(config, dataset, device)
             tracker.say(_opening(config, dataset, learner, folder))
             for sentence in start.told:
@@ -65,11 +68,22 @@ def train(config: RunConfig) -> dict[str, Any]:
                 config, learner, dataset, progress, made_with, training.stop_if_asked
             )
             tracker.log("test", progress.step, result["test"]["seen_allowed"])
+            tracker.summarise(_summary(result))
         if distributed.is_main():
             write_report(folder, result, to_yaml(config))
             print(f"\n{metric_table(result)}\n\nrun folder: {folder}", flush=True)
         distributed.barrier()
         return result
+
+
+def _summary(result: dict[str, Any]) -> dict[str, float]:
+    """The final figures, by name."""
+    test = {
+        f"test/{part}/{name}": value
+        for part, values in result["test"].items()
+        for name, value in values.items()
+    }
+    return test | {"train_s": result["timing"]["train_s"]}
 
 
 def evaluate_run(folder: Path, overrides: list[str]) -> dict[str, Any]:

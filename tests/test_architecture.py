@@ -36,7 +36,7 @@ LAYERS = [
     {"failures"},
     {"data", "ops"},
     {"checkpoint", "tracking", "guards", "lock", "drawing"},
-    {"hosts", "portions"},
+    {"hosts", "portions", "trackers"},
     {"distributed", "versions", "settings", "transfer", "durable"},
     {"meeting", "signals"},
 ]
