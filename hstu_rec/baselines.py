@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from hstu_rec import distributed, tracking
 from hstu_rec.co_occurrence import WINDOW, Pairs, count_pairs
-from hstu_rec.data.stream import EvalBatch, Sequences, Split, eval_batches
+from hstu_rec.data.stream import EvalBatch, Sequences, Split, eval_batches, eval_users
 from hstu_rec.evaluator import train_counts_of
 from hstu_rec.metrics import group_metrics, rank_metrics
+from hstu_rec.tracking import BAR_AFTER_S
 
 BATCH_USERS = 1024
 
@@ -33,7 +35,12 @@ def baseline_metrics(
     names = ("popularity", "own_history", "co_occurrence")
     ranks: dict[str, list[np.ndarray]] = {name: [] for name in names}
     lengths, train_counts = [], []
+    num_users = len(eval_users(dataset, split)[0])
+    bar = tracking.bar(
+        num_users, "baselines", "user", is_shown=distributed.is_main(), after_s=BAR_AFTER_S
+    )
     for batch in eval_batches(dataset, split, WINDOW, BATCH_USERS):
+        bar.update(min(BATCH_USERS * distributed.world_size(), num_users - bar.n))
         lengths.append(batch.seen_offsets.diff())
         train_counts.append(train_counts_of(dataset, batch.history.target_ids))
         targets = batch.history.target_ids.numpy()
@@ -44,6 +51,7 @@ def baseline_metrics(
         ranks["popularity"].append(popular)
         ranks["own_history"].append(_own_history_ranks(batch, dataset.num_items, popular[1]))
         ranks["co_occurrence"].append(_co_occurrence_ranks(pairs, popularity, batch, (user, item)))
+    bar.close()
     result = {}
     for name, parts in ranks.items():
         allowed, masked = np.concatenate(parts, axis=1)

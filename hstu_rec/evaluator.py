@@ -16,9 +16,7 @@ from hstu_rec.portions import Portion, agreed
 from hstu_rec.ranking import LEAST_CHUNK_ITEMS, Queries, rank_targets
 from hstu_rec.scores import ItemShard
 from hstu_rec.settings import at_least, without_effect
-
-# A bar is shown when ranking takes longer.
-BAR_AFTER_S = 2.0
+from hstu_rec.tracking import BAR_AFTER_S
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from hstu_rec import bundle, checkpoint
+from hstu_rec import bundle, checkpoint, tracking
 from hstu_rec.bundle import BundleConfig, Scoring, model_of
 from hstu_rec.checkpoint.saved_rows import SavedRows
 from hstu_rec.config import RunConfig, load
@@ -195,8 +195,10 @@ def _write_vectors(path: Path, run: TrainedRun) -> None:
     header += b" " * (-len(header) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
-        for block in run.vectors():
-            file.write(block.numpy().astype("<f4", copy=False).data)
+        with tracking.bar(num_items, "item vectors", "row", after_s=tracking.BAR_AFTER_S) as bar:
+            for block in run.vectors():
+                file.write(block.numpy().astype("<f4", copy=False).data)
+                bar.update(len(block))
 
 
 def _card(config: BundleConfig, result: dict[str, Any]) -> str:

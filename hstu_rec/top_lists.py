@@ -15,10 +15,11 @@ from torch import Tensor
 
 from hstu_rec import distributed, hosts, tracking
 from hstu_rec.data.stream import EvalBatch, Sequences, eval_batches, eval_users
-from hstu_rec.evaluator import BAR_AFTER_S, EvalConfig, encoded, shard_of
+from hstu_rec.evaluator import EvalConfig, encoded, shard_of
 from hstu_rec.model import NextItemModel
 from hstu_rec.portions import Portion, agreed
 from hstu_rec.scores import Catalogue, Seen, best_items
+from hstu_rec.tracking import BAR_AFTER_S
 
 # Items of a list.
 NUM_LISTED = 10

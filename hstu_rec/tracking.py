@@ -83,9 +83,12 @@ class Tracker:
             self._tensorboard = _EventFile(self._folder / "tensorboard", purge_step)
         self._tensorboard.add(step, scalars)
 
-    def bar(self, total: int, description: str, unit: str) -> "tqdm[Any]":
-        """A progress bar, as `bar` makes it; shown by this tracker's rank 0 alone."""
-        return bar(total, description, unit, is_shown=self._is_main)
+    def bar(self, total: int, description: str, unit: str, done: int = 0) -> "tqdm[Any]":
+        """A progress bar, as `bar` makes it; shown by this tracker's rank 0 alone. What was `done` before
+        counts as done, but not for the speed."""
+        made = bar(total, description, unit, is_shown=self._is_main)
+        made.n = made.initial = done
+        return made
 
     def say(self, text: str) -> None:
         """Prints `text` on stdout, above the bar if one is shown."""
@@ -171,6 +174,10 @@ def bar(
         dynamic_ncols=True,
         file=sys.stderr,
     )
+
+
+# A bar of work that may be short is shown when it takes longer.
+BAR_AFTER_S = 2.0
 
 
 class Stages:

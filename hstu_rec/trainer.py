@@ -175,6 +175,14 @@ def _check_unused(folder: Path, resume: str) -> None:
         )
 
 
+def _histories(config: RunConfig, learner: Learner) -> str:
+    """How many histories are cut in training."""
+    stream, longest = learner.stream, config.encoder.max_history_len
+    num_cut = int((stream.dataset.train_ends[stream.users] - 1 > longest).sum())
+    trained = f"{num_cut:,} of {len(stream.users):,} that are trained on have more"
+    return f"histories   the newest {longest} events; {trained}"
+
+
 def _opening(config: RunConfig, dataset: Sequences, learner: Learner, folder: Path) -> str:
     """What a run says before it starts."""
     num_dense = sum(p.numel() for p in learner.dense)
@@ -186,6 +194,7 @@ def _opening(config: RunConfig, dataset: Sequences, learner: Learner, folder: Pa
             f"run         {folder}",
             f"data        {dataset.path}: {dataset.num_users:,} users, {dataset.num_items:,} items, "
             f"{dataset.num_events:,} events",
+            _histories(config, learner),
             f"model       {config.encoder.attention} attention, {num_dense:,} dense parameters, "
             f"item table {table_mib:.2f} MiB over {distributed.world_size()} ranks",
             f"sharding    {config.table.sharding}, {config.table.optimizer} in the backward pass",
