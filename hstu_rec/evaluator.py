@@ -41,6 +41,9 @@ class EvalConfig:
     none. The time grows with users times items."""
     num_examples: int = 3
     """Test users whose history, target and list the report shows, with own ids, and titles if there are."""
+    compare_with: list[str] = field(default_factory=list)
+    """Rows beside the model's in the table: run folders of the same data, and YAML files of published figures
+    such as configs/published.yaml."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""

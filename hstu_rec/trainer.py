@@ -10,6 +10,7 @@ from typing import Any
 
 from hstu_rec import checkpoint, distributed, hosts, lock, resuming
 from hstu_rec.checkpoint import Saver
+from hstu_rec.comparison import rows_beside
 from hstu_rec.config import RunConfig, leaves, save, to_yaml
 from hstu_rec.data.stream import Sequences, check_frequent, open_dataset
 from hstu_rec.learner import Learner, check_graphs, resolved
@@ -39,6 +40,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         config = _gone_on_with(config)
         hosts.on_main(lambda: check_installed(config.tracking.to))
         dataset = _opened(config, made_with)
+        beside = _beside(config, dataset)
         # Before anything is written:
         folder = _run_folder(config)
         start = start_of(config, folder / "checkpoints")
@@ -67,6 +69,7 @@ def train(config: RunConfig) -> dict[str, Any]:
             result = result_of(
                 config, learner, dataset, progress, made_with, training.stop_if_asked
             )
+            result["further"] |= beside
             tracker.log("test", progress.step, result["test"]["seen_allowed"])
             tracker.summarise(_summary(result))
         if distributed.is_main():
@@ -74,6 +77,15 @@ def train(config: RunConfig) -> dict[str, Any]:
             print(f"\n{metric_table(result)}\n\nrun folder: {folder}", flush=True)
         distributed.barrier()
         return result
+
+
+def _beside(config: RunConfig, dataset: Sequences) -> dict[str, Any]:
+    """The rows of eval.compare_with, read before they are needed. Collective; raises on all ranks."""
+    uses_query_time = config.encoder.query_time == "next"
+    paths = config.eval.compare_with
+    return hosts.on_main(
+        lambda: rows_beside(paths, config.data.path, dataset.facts, uses_query_time)
+    )
 
 
 def _summary(result: dict[str, Any]) -> dict[str, float]:
@@ -96,12 +108,15 @@ def evaluate_run(folder: Path, overrides: list[str]) -> dict[str, Any]:
         config = configs[distributed.rank()]
         device = hosts.together(lambda: distributed.start(config.train.device))[distributed.rank()]
         dataset = _opened(config, versions())
+        beside = _beside(config, dataset)
         # Of how it was trained; here it need not be a GPU.
         train = replace(config.train, cuda_graphs=False, compile=False)
         learner = Learner(replace(config, train=train), dataset, device)
         best = resuming.found_at(checkpoint.resolve(folder / "checkpoints", "best"))
         progress = resuming.load(best, learner, dataset)
-        return result_of(config, learner, dataset, progress, versions())
+        result = result_of(config, learner, dataset, progress, versions())
+        result["further"] |= beside
+        return result
 
 
 def _opened(config: RunConfig, made_with: dict[str, str | None]) -> Sequences:
