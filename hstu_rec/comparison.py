@@ -169,8 +169,8 @@ def _rows_of_run(
             f"other data ({', '.join(changed[:3])})" if changed else "another use of the query time"
         )
         raise ValueError(
-            f"eval.compare_with: {folder} was measured with {what}, and cannot stand in the same table; leave "
-            "it out"
+            f"eval.compare_with: {folder} was measured with {what}, and cannot stand in the same table; "
+            "leave it out"
         )
     return {f"run {folder.resolve().name}": result["test"]}
 
