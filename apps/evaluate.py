@@ -2,33 +2,43 @@
 
 python apps/evaluate.py RUN_FOLDER [key=value ...]
 
-The keys are eval.*, data.path, train.device, train.precision, encoder.attention_kernel and table.sharding, as
-in apps/train.py (python apps/train.py help), for example eval.min_train_count=20. Prints a table and, as its
-last line, JSON.
+It prints a table, or with json=true the figures as one line of JSON. `help` lists the keys, whose defaults
+here are what the run was trained with.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hstu_rec import distributed
-from hstu_rec.config import run_app
+from hstu_rec.config import RunConfig, help_text, load, run_app
 from hstu_rec.report import metric_table
+from hstu_rec.runs import MEASURING_KEYS
 from hstu_rec.trainer import evaluate_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """How the figures are printed."""
+
+    json: bool = False
 
 
 def main(arguments: list[str]) -> None:
     if {"help", "--help", "-h"} & set(arguments):
-        print(__doc__)
+        print(f"{__doc__}\n{help_text(RunConfig, MEASURING_KEYS)}")
         return
     if not arguments or "=" in arguments[0]:
         raise ValueError(
             "give the run's folder: python apps/evaluate.py RUN_FOLDER [key=value ...]"
         )
-    result = evaluate_run(Path(arguments[0]), arguments[1:])
+    overrides = [one for one in arguments[1:] if not one.startswith("json=")]
+    wishes = [one for one in arguments[1:] if one.startswith("json=")]
+    is_json = load(Shown, wishes).json
+    result = evaluate_run(Path(arguments[0]), overrides)
     if distributed.launched_rank() == 0:
-        print(metric_table(result))
-        print(json.dumps(_printed(result)))
+        print(json.dumps(_printed(result)) if is_json else metric_table(result), flush=True)
 
 
 def _printed(result: dict[str, Any]) -> dict[str, Any]:

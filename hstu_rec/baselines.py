@@ -14,22 +14,35 @@ from typing import Any
 import numpy as np
 import torch
 
+from hstu_rec import distributed, tracking
 from hstu_rec.co_occurrence import WINDOW, Pairs, count_pairs
-from hstu_rec.data.stream import EvalBatch, Sequences, Split, eval_batches
-from hstu_rec.metrics import rank_metrics
+from hstu_rec.data.stream import EvalBatch, Sequences, Split, eval_batches, eval_users
+from hstu_rec.evaluator import train_counts_of
+from hstu_rec.metrics import group_metrics, rank_metrics
+from hstu_rec.tracking import BAR_AFTER_S
 
 BATCH_USERS = 1024
 
 
-def baseline_metrics(dataset: Sequences, split: Split, ks: Sequence[int]) -> dict[str, Any]:
+def baseline_metrics(
+    dataset: Sequences, split: Split, ks: Sequence[int], with_groups: bool = False
+) -> dict[str, Any]:
     """{"popularity": {"seen_masked": {...}, "seen_allowed": {...}}, "own_history": ...,
-    "co_occurrence": ...}. Collective.
+    "co_occurrence": ...}, each with_groups also with "groups" (`group_metrics`). Collective.
     """
     popularity = dataset.train_counts.astype(np.float64)
     pairs = count_pairs(dataset)
     names = ("popularity", "own_history", "co_occurrence")
     ranks: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    lengths, train_counts = [], []
+    num_users = len(eval_users(dataset, split)[0])
+    bar = tracking.bar(
+        num_users, "baselines", "user", is_shown=distributed.is_main(), after_s=BAR_AFTER_S
+    )
     for batch in eval_batches(dataset, split, WINDOW, BATCH_USERS):
+        bar.update(min(BATCH_USERS * distributed.world_size(), num_users - bar.n))
+        lengths.append(batch.seen_offsets.diff())
+        train_counts.append(train_counts_of(dataset, batch.history.target_ids))
         targets = batch.history.target_ids.numpy()
         user, item = _distinct_seen(batch, dataset.num_items)
         is_other = item != targets[user]
@@ -38,6 +51,7 @@ def baseline_metrics(dataset: Sequences, split: Split, ks: Sequence[int]) -> dic
         ranks["popularity"].append(popular)
         ranks["own_history"].append(_own_history_ranks(batch, dataset.num_items, popular[1]))
         ranks["co_occurrence"].append(_co_occurrence_ranks(pairs, popularity, batch, (user, item)))
+    bar.close()
     result = {}
     for name, parts in ranks.items():
         allowed, masked = np.concatenate(parts, axis=1)
@@ -45,6 +59,11 @@ def baseline_metrics(dataset: Sequences, split: Split, ks: Sequence[int]) -> dic
             "seen_masked": rank_metrics(torch.from_numpy(masked), ks),
             "seen_allowed": rank_metrics(torch.from_numpy(allowed), ks),
         }
+        if with_groups:
+            both = torch.from_numpy(np.stack([allowed, masked]))
+            result[name]["groups"] = group_metrics(
+                both, torch.cat(lengths), torch.cat(train_counts)
+            )
     return result
 
 

@@ -7,6 +7,7 @@ Figures under different protocols never meet in one table: seen items masked and
 are query time used and not used.
 """
 
+import json
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,17 +16,12 @@ from typing import Any, Literal
 
 from yaml import YAMLError, safe_load
 
+from hstu_rec.drawing import BLUE, GREY, INK, dress, new_figure, png
 from hstu_rec.report import (
-    BLUE,
-    GREY,
-    INK,
     SEEN_ITEMS,
-    dress,
     duration,
     listing,
     markdown_table,
-    new_figure,
-    png,
     protocol_line,
     query_time_used,
     words,
@@ -87,14 +83,14 @@ class Table:
         return f"seen items {SEEN_ITEMS[self.seen]}, {query_time_used(self.uses_query_time)}"
 
 
-def read_published(path: Path) -> dict[str, list[dict[str, Any]]]:
+def read_published(path: Path, key: str = "quality.published") -> dict[str, list[dict[str, Any]]]:
     """Published figures by the name of the dataset folder; configs/published.yaml shows the form.
 
     Raises FileNotFoundError without the file, ValueError that names every entry that is not of the form.
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"quality.published '{path}' does not exist; give a YAML file like configs/published.yaml"
+            f"{key} '{path}' does not exist; give a YAML file like configs/published.yaml"
         )
     try:
         content = safe_load(path.read_text(encoding="utf-8")) or {}
@@ -129,6 +125,71 @@ def _figure_problems(figure: Any) -> Iterator[str]:
         yield f"seen_items must be masked or allowed; got {figure['seen_items']}"
     if not isinstance(figure.get("query_time", False), bool):
         yield f"query_time must be true or false; got {figure['query_time']}"
+
+
+def rows_beside(
+    paths: Sequence[str], data_path: str, facts: Mapping[str, Any], uses_query_time: bool
+) -> dict[str, Any]:
+    """Rows for `further` of a result.json: of the runs and published figures in `paths` that were measured on
+    the same data (`facts`, or for published figures the name of the dataset folder) with the same use of the
+    query time.
+
+    Raises ValueError, or FileNotFoundError, for a path that gives none.
+    """
+    rows: dict[str, Any] = {}
+    for path in map(Path, paths):
+        found = (
+            _rows_of_run(path, facts, uses_query_time)
+            if path.is_dir()
+            else _rows_published(path, data_path, uses_query_time)
+        )
+        if twice := rows.keys() & found.keys():
+            raise ValueError(f"eval.compare_with gives {', '.join(twice)} twice; leave one out")
+        rows |= found
+    return rows
+
+
+def _rows_of_run(
+    folder: Path, facts: Mapping[str, Any], uses_query_time: bool
+) -> dict[str, dict[str, Any]]:
+    path = folder / "result.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"eval.compare_with: {folder} has no {path.name}; give a run folder that is through"
+        )
+    result = json.loads(path.read_text(encoding="utf-8"))
+    there = result["protocol"]
+    changed = [
+        name
+        for name, value in facts.items()
+        if name not in ("prepare_s", "format_version") and there["data"].get(name) != value
+    ]
+    if changed or there["use_query_time"] != uses_query_time:
+        what = (
+            f"other data ({', '.join(changed[:3])})" if changed else "another use of the query time"
+        )
+        raise ValueError(
+            f"eval.compare_with: {folder} was measured with {what}, and cannot stand in the same table; "
+            "leave it out"
+        )
+    return {f"run {folder.resolve().name}": result["test"]}
+
+
+def _rows_published(path: Path, data_path: str, uses_query_time: bool) -> dict[str, dict[str, Any]]:
+    name = Path(data_path).name
+    parts = {label: seen for seen, label in SEEN_ITEMS.items()}
+    rows: dict[str, dict[str, Any]] = {}
+    for one in read_published(path, "eval.compare_with").get(name, []):
+        if one["query_time"] == uses_query_time:
+            label = f"{one['model']} ({one['source']})".replace("|", "/")
+            figures = {metric: float(one[metric]) for metric in METRICS if metric in one}
+            rows.setdefault(label, {})[parts[one["seen_items"]]] = figures
+    if not rows:
+        raise ValueError(
+            f"eval.compare_with: {path} has no figure of a data set '{name}' with "
+            f"{query_time_used(uses_query_time)}; leave it out"
+        )
+    return rows
 
 
 def compared(

@@ -48,6 +48,7 @@ from hstu_rec.settings import (
     unknown_key,
     within,
 )
+from hstu_rec.trackers import TrackingConfig
 
 T = TypeVar("T")
 BASE_KEY = "base"
@@ -182,6 +183,7 @@ class RunConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def validation(self) -> EvalConfig:
         """How validations measure: as `eval`, and at the cut-off of train.select."""
@@ -275,14 +277,25 @@ def leaves(config: Any) -> dict[str, Any]:
     return dict(_flat(_plain(config), "", {}))
 
 
-def help_text(schema: type) -> str:
-    """Every key of `schema` with its default, choices and doc."""
+def help_text(schema: type, allowed: str = ".*") -> str:
+    """Every key of `schema` that matches the pattern `allowed`, with its default, its choices or else its
+    type in words, and its doc."""
     lines, hints = [], hints_of(schema)
     for key, value, doc in _documented(schema(), ""):
-        choices = choices_of(hints[key])
-        lines.append(f"  {key}={shown(value)}" + (f"  ({listed(choices)})" if choices else ""))
-        lines += [f"      {doc}"] if doc else []
+        if re.fullmatch(allowed, key):
+            choices = choices_of(hints[key])
+            # In a shell text needs no quotes.
+            kind = listed(choices) or described(hints[key]).replace("text, in quotes", "text")
+            lines.append(f"  {key}={shown(value)}  ({kind})")
+            lines += [f"      {doc}"] if doc else []
     return "\n".join(lines)
+
+
+def differences(config: Any) -> str:
+    """The settings of `config` that are not the defaults, as one writes them, with spaces between."""
+    defaults = leaves(type(config)())
+    changed = {key: value for key, value in leaves(config).items() if value != defaults[key]}
+    return " ".join(f"{key}={shown(value)}" for key, value in changed.items())
 
 
 def run_app(main: Callable[[list[str]], None]) -> None:
@@ -408,12 +421,13 @@ def _value_problems(section: Any, prefix: str) -> Iterator[str]:
 
 def _documented(section: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
     """(key, value, doc) of every leaf; the doc is the string below the field."""
-    source = textwrap.dedent(inspect.getsource(type(section)))
-    body = cast(ast.ClassDef, ast.parse(source).body[0]).body
     docs = {}
-    for line, after in itertools.pairwise(body):
-        if isinstance(line, ast.AnnAssign) and isinstance(after, ast.Expr):
-            docs[ast.unparse(line.target)] = ast.literal_eval(after.value)
+    for kind in reversed([one for one in type(section).__mro__ if is_dataclass(one)]):
+        source = textwrap.dedent(inspect.getsource(kind))
+        body = cast(ast.ClassDef, ast.parse(source).body[0]).body
+        for line, after in itertools.pairwise(body):
+            if isinstance(line, ast.AnnAssign) and isinstance(after, ast.Expr):
+                docs[ast.unparse(line.target)] = ast.literal_eval(after.value)
     for one in fields(section):
         value = getattr(section, one.name)
         if is_dataclass(value):

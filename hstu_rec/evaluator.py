@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +10,13 @@ from torch import Tensor, nn
 from hstu_rec import distributed, tracking
 from hstu_rec.data.stream import EvalBatch, Sequences, Split, eval_batches, eval_users
 from hstu_rec.item_table import local_shards
-from hstu_rec.metrics import both_metrics, cut_off_problems
+from hstu_rec.metrics import both_metrics, cut_off_problems, group_metrics
 from hstu_rec.model import NextItemModel
 from hstu_rec.portions import Portion, agreed
 from hstu_rec.ranking import LEAST_CHUNK_ITEMS, Queries, rank_targets
 from hstu_rec.scores import ItemShard
-from hstu_rec.settings import at_least
-
-# A bar is shown when ranking takes longer.
-BAR_AFTER_S = 2.0
+from hstu_rec.settings import at_least, without_effect
+from hstu_rec.tracking import BAR_AFTER_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +34,23 @@ class EvalConfig:
     """Adds popularity and co-occurrence rows to the result."""
     min_train_count: int = 0
     """Adds figures over the targets that occur at least so often in training; 0 for none."""
+    with_groups: bool = True
+    """Adds figures of the test by length of the history and by how often the target occurs in training."""
+    num_listed_users: int = 10000
+    """Test users, evenly spaced, whose ten best items are found for coverage, novelty and examples; 0 for
+    none. The time grows with users times items."""
+    num_examples: int = 3
+    """Test users whose history, target and list the report shows, with own ids, and titles if there are."""
+    compare_with: list[str] = field(default_factory=list)
+    """Rows beside the model's in the table: run folders of the same data, and YAML files of published figures
+    such as configs/published.yaml."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
         found = at_least(self, 1, "batch_users", "chunk_items")
-        found += at_least(self, 0, "min_train_count")
+        found += at_least(self, 0, "min_train_count", "num_listed_users", "num_examples")
+        if not self.num_listed_users:
+            found += without_effect(self, "without num_listed_users", "num_examples")
         return found + cut_off_problems(self.ks)
 
 
@@ -54,7 +64,8 @@ def evaluate(
     after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Metrics of a sharded NextItemModel: {"num_users", "num_repeated_targets", "seen_allowed": {...},
-    "seen_masked": {...}}; with config.min_train_count also "frequent", of the same but for the repeated.
+    "seen_masked": {...}}; with config.min_train_count also "frequent", of the same but for the repeated; of
+    the test, with config.with_groups, "groups" (`group_metrics`).
 
     Collective; ranks may have no user at all. `after_batch` is called after every batch of queries, as often
     on every rank: it may be collective, and what it raises ends the evaluation. The model is left in the mode
@@ -65,15 +76,32 @@ def evaluate(
     was_training = sharded.training
     sharded.eval()
     try:
-        ranks, targets, is_repeated = _ranked(sharded, dataset, split, config, device, after_batch)
+        ranked = _ranked(sharded, dataset, split, config, device, after_batch)
     finally:
         sharded.train(was_training)
-    result = both_metrics(ranks, config.ks)
-    result["num_repeated_targets"] = int(distributed.all_reduce_sum(is_repeated.sum()))
+    result = both_metrics(ranked.ranks, config.ks)
+    result["num_repeated_targets"] = int(distributed.all_reduce_sum(ranked.is_repeated.sum()))
     if least := config.min_train_count:
-        is_frequent = torch.from_numpy(dataset.train_counts[targets.numpy()] >= least)
-        result["frequent"] = both_metrics(ranks[:, is_frequent.to(device)], config.ks)
+        is_frequent = train_counts_of(dataset, ranked.targets) >= least
+        result["frequent"] = both_metrics(ranked.ranks[:, is_frequent.to(device)], config.ks)
+    if config.with_groups and split == "test":
+        counts = train_counts_of(dataset, ranked.targets)
+        result["groups"] = group_metrics(ranked.ranks, ranked.history_lengths, counts)
     return result
+
+
+def train_counts_of(dataset: Sequences, items: Tensor) -> Tensor:
+    """int64 [n]: how often items [n] occur in training."""
+    return torch.from_numpy(dataset.train_counts[items.numpy()])
+
+
+class _Ranked(NamedTuple):
+    """This rank's queries."""
+
+    ranks: Tensor  # int64 [2, Q] with seen items allowed and masked
+    targets: Tensor  # int64 [Q]
+    is_repeated: Tensor  # bool [Q]
+    history_lengths: Tensor  # int64 [Q]: all events before the target
 
 
 def _ranked(
@@ -83,20 +111,18 @@ def _ranked(
     config: EvalConfig,
     device: torch.device,
     after_batch: Callable[[], None],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(int64 [2, Q] ranks with seen items allowed and masked, int64 [Q] targets, bool [Q] whether they are
-    repeated) of this rank's queries."""
+) -> _Ranked:
     model: NextItemModel = sharded.module
-    shard = _shard(sharded, model, dataset.num_items, device)
+    shard = shard_of(sharded, model, dataset.num_items, device)
     seen_score = model.loss.seen_score()
     chunk = Portion("eval.chunk_items", config.chunk_items, LEAST_CHUNK_ITEMS)
     users = Portion("eval.batch_users", config.batch_users, is_shared=True)
 
     def ranks_of(batch: EvalBatch) -> Tensor:
-        queries = _queries(model, batch, shard, device)
+        queries = encoded(model, batch, shard, device)
         return torch.stack(rank_targets(queries, shard, chunk, seen_score))
 
-    ranks, targets, is_repeated = [], [], []
+    ranks, targets, is_repeated, lengths = [], [], [], []
     num_users = len(eval_users(dataset, split)[0])
     with tracking.bar(
         num_users,
@@ -115,12 +141,13 @@ def _ranked(
             ranks += parts
             targets.append(batch.history.target_ids)
             is_repeated.append(_is_repeated(batch))
+            lengths.append(batch.seen_offsets.diff())
             bar.update(min(config.batch_users * distributed.world_size(), num_users - bar.n))
             after_batch()
-    return torch.cat(ranks, dim=1), torch.cat(targets), torch.cat(is_repeated)
+    return _Ranked(torch.cat(ranks, 1), *map(torch.cat, (targets, is_repeated, lengths)))
 
 
-def _queries(
+def encoded(
     model: NextItemModel, batch: EvalBatch, shard: ItemShard, device: torch.device
 ) -> Queries:
     """This rank's queries, encoded. Collective; raises SharedShortage on all ranks when one cannot."""
@@ -143,7 +170,7 @@ def _is_repeated(batch: EvalBatch) -> Tensor:
     return torch.bincount(owner[batch.seen_ids == targets[owner]], minlength=len(targets)) > 0
 
 
-def _shard(
+def shard_of(
     sharded: nn.Module, model: NextItemModel, num_items: int, device: torch.device
 ) -> ItemShard:
     """This rank's live rows, which the loss scores."""

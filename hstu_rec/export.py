@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from hstu_rec import bundle, checkpoint
+from hstu_rec import bundle, checkpoint, tracking
 from hstu_rec.approximate import int8_loss, measured_index, rows_of
 from hstu_rec.asked import Asked
 from hstu_rec.bundle import BundleConfig, Scoring, VectorKind, model_of
@@ -265,16 +265,19 @@ def _write_vectors(path: Path, run: TrainedRun, kind: VectorKind) -> None:
     head += b" " * (-len(head) % 8)
     with path.open("wb") as file:
         begin, first = file.write(struct.pack("<Q", len(head)) + head), 0
-        for block in run.vectors():
-            values = block
-            if kind == "int8":
-                rows = Int8Rows.of(block)
-                file.seek(begin + 4 * first)
-                file.write(rows.scales.numpy().astype("<f4", copy=False).data)
-                values = rows.values
-            file.seek(begin + scales_end + width * first)
-            file.write(values.numpy().astype("<f4" if kind == "float32" else "i1", copy=False).data)
-            first += len(block)
+        with tracking.bar(num_items, "item vectors", "row", after_s=tracking.BAR_AFTER_S) as bar:
+            for block in run.vectors():
+                values = block
+                if kind == "int8":
+                    rows = Int8Rows.of(block)
+                    file.seek(begin + 4 * first)
+                    file.write(rows.scales.numpy().astype("<f4", copy=False).data)
+                    values = rows.values
+                file.seek(begin + scales_end + width * first)
+                number = "<f4" if kind == "float32" else "i1"
+                file.write(values.numpy().astype(number, copy=False).data)
+                first += len(block)
+                bar.update(len(block))
 
 
 def _card(config: BundleConfig, result: dict[str, Any]) -> str:

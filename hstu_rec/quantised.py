@@ -31,6 +31,11 @@ class Int8Rows:
         """[N, D]."""
         return self.values.shape
 
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.values.device
+
     def __len__(self) -> int:
         return len(self.values)
 

@@ -26,11 +26,10 @@ from hstu_rec.durable import digest_of, write_file
 from hstu_rec.export import serve_run
 from hstu_rec.serving import ServingModel, load_bundle
 from hstu_rec.settings import at_least
+from hstu_rec.tracking import BAR_AFTER_S
 
 DESCRIPTION = "recommendations.json"
 HISTORIES = ".histories"
-# A bar is shown when it takes longer.
-BAR_AFTER_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a finished run leaves to read: result.json, report.md, curves.png, and the table it prints.
+"""What a finished run leaves to read: result.json, report.md, its pictures, and the table it prints.
 
 `result` is the dict of result.json:
 
@@ -12,6 +12,14 @@
                "co_occurrence": ...}
                or {}
     further    optional: rows as in baselines, of which parts and metrics may be missing
+    groups     optional: {METHOD: {GROUPING: {BIN: {"num_users", "seen_masked": {"recall@10", "ndcg@10"},
+               "seen_allowed"}}}}, the model first; GROUPING: history_length (events before the target) and
+               target_train_count (how often the target occurs in training); bins without users have
+               num_users alone
+    recommended  optional: num_users, k, coverage, num_items, novelty, target_novelty, as
+               top_lists.beyond_accuracy defines them
+    examples   optional: [{"user", "num_events", "history": [ITEM, ...], "target": ITEM,
+               "recommended": [ITEM, ...]}, ...], where ITEM has item_id and, where there is one, title
     timing     prepare_s (None when the dataset does not tell), train_s, events_per_s
     versions   {"torch": "2.13.0", ...}
 
@@ -19,18 +27,22 @@ The curves are drawn from the run's metrics.jsonl: rows "train" with `loss`, and
 the selection metric and, if it has one, `epoch`.
 """
 
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hstu_rec.drawing import draw_curves, draw_groups
 from hstu_rec.durable import write_file
 from hstu_rec.tracking import read_metrics
 
 SECTIONS = ("protocol", "test", "valid", "baselines", "timing", "versions")
 FIRST_METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
+OPTIONAL = ("further", "groups", "recommended", "examples")
+# What Markdown, GitHub's too, takes for more than text.
+MARKUP = re.compile(r"[\\`*_\[\]<>()#|~!&$@:{}]")
+MAX_TITLE = 80
 SEEN_ITEMS = {"seen_masked": "masked", "seen_allowed": "allowed"}
 PROTOCOL = (
     "use_query_time",
@@ -40,12 +52,16 @@ PROTOCOL = (
     "test_history_includes_valid",
     "selection_metric",
 )
+GROUPS = {
+    "history_length": "length of the history",
+    "target_train_count": "the target's events in training",
+}
 TIMING = ("prepare_s", "train_s", "events_per_s")
-INK, BLUE, ORANGE, GREY = "#24292f", "#1f6feb", "#d1570b", "#8b949e"
 
 
 def write_report(folder: Path, result: dict[str, Any], config_text: str) -> None:
-    """Writes result.json, curves.png and report.md into `folder`, each in one move.
+    """Writes result.json, curves.png, groups.png (where there are groups) and report.md into `folder`, each
+    in one move.
 
     `config_text` is the resolved configuration, shown in report.md. Called on rank 0 only.
     Raises ValueError that names every missing part of `result`.
@@ -53,9 +69,12 @@ def write_report(folder: Path, result: dict[str, Any], config_text: str) -> None
     _check(result)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=2, allow_nan=False)
-    curves = _draw_curves(read_metrics(folder), result["protocol"]["selection_metric"])
+    curves = draw_curves(read_metrics(folder), result["protocol"]["selection_metric"])
     write_file(folder / "result.json", (text + "\n").encode())
     write_file(folder / "curves.png", curves)
+    if groups := result.get("groups"):
+        picture = draw_groups(groups, "recall@10", "seen_masked", GROUPS)
+        write_file(folder / "groups.png", picture)
     write_file(folder / "report.md", _markdown(folder.name, result, config_text).encode())
 
 
@@ -79,7 +98,7 @@ def _check(result: Mapping[str, Any]) -> None:
     """All that is missing, in one message."""
     problems = [f"{name} is missing" for name in SECTIONS if name not in result]
     problems += [
-        f"{name} is not a section" for name in result if name not in (*SECTIONS, "further")
+        f"{name} is not a section" for name in result if name not in (*SECTIONS, *OPTIONAL)
     ]
     problems += [
         f"protocol.{name} is missing" for name in PROTOCOL if name not in result.get("protocol", {})
@@ -168,6 +187,9 @@ def _markdown(title: str, result: Mapping[str, Any], config_text: str) -> str:
         "## Test": markdown_table(list(_metric_cells(result))),
         "## Validation": markdown_table(_validation_cells(result["valid"])),
         "## Curves": "![Training loss by step; validation metric by epoch](curves.png)",
+        "## By group": _groups(result.get("groups", {})),
+        "## Recommended": _recommended(result.get("recommended", {})),
+        "## Examples": _examples(result.get("examples", [])),
         "## Data": listing(protocol.get("data", {}), "statistic"),
         "## Protocol": listing(further, "setting"),
         "## Timing": listing(
@@ -182,6 +204,71 @@ def _markdown(title: str, result: Mapping[str, Any], config_text: str) -> str:
         "## Configuration": _fenced(config_text),
     }
     return "\n\n".join(f"{head}\n\n{body}" for head, body in sections.items() if body) + "\n"
+
+
+def _groups(groups: Mapping[str, Any]) -> str:
+    """A table a grouping and treatment of seen items, "" without groups."""
+    if not groups:
+        return ""
+    parts = ["![Recall@10 of each method by group of users, seen items masked](groups.png)"]
+    for grouping, title in GROUPS.items():
+        for seen, label in SEEN_ITEMS.items():
+            parts.append(f"By {title}, seen items {label}:")
+            parts.append(markdown_table(_group_cells(groups, grouping, seen)))
+    return "\n\n".join(parts)
+
+
+def _group_cells(groups: Mapping[str, Any], grouping: str, seen: str) -> list[list[str]]:
+    metrics = ("recall@10", "ndcg@10")
+    heads = [f"{words(method)} {metric}" for method in groups for metric in metrics]
+    rows = [["events", "users", *heads]]
+    for name, one in next(iter(groups.values()))[grouping].items():
+        found = [groups[method][grouping][name].get(seen, {}) for method in groups]
+        cells = [_cell(values[m]) if values else "" for values in found for m in metrics]
+        rows.append([name, _cell(one["num_users"]), *cells])
+    return rows
+
+
+def _recommended(found: Mapping[str, Any]) -> str:
+    """Coverage and novelty in sentences, "" where no lists were made."""
+    if not found:
+        return ""
+    users, k = f"{found['num_users']:,} test users", found["k"]
+    return (
+        f"The {k} best items, seen items masked, of {users}: {found['num_items']:,} items are in any of the "
+        f"lists, **{found['coverage']:.1%}** of the catalogue (coverage). Novelty, the mean of -log2 of an "
+        f"item's share of the training events: **{found['novelty']:.2f}** bits; of the same users' targets "
+        f"{found['target_novelty']:.2f} bits."
+    )
+
+
+def _examples(examples: Sequence[Mapping[str, Any]]) -> str:
+    """A table a user: the newest events, the target, and what is recommended."""
+    parts = []
+    for one in examples:
+        target = one["target"]
+        rows = [["", "item", "title"]]
+        rows += [["history", *_item_cells(item)] for item in one["history"]]
+        rows.append(["**target**", *_item_cells(target)])
+        for rank, item in enumerate(one["recommended"], start=1):
+            hit = " (the target)" if item == target else ""
+            rows.append([f"{rank} recommended{hit}", *_item_cells(item)])
+        if not any(cells[2] for cells in rows[1:]):
+            rows = [cells[:2] for cells in rows]
+        told = f"User {plain(str(one['user']))}, the newest of {one['num_events']:,} events:"
+        parts.append(f"{told}\n\n{markdown_table(rows)}")
+    return "\n\n".join(parts)
+
+
+def _item_cells(item: Mapping[str, Any]) -> list[str]:
+    return [plain(str(item["item_id"])), plain(item.get("title", ""))]
+
+
+def plain(text: str) -> str:
+    """Someone's text on one line, cut to MAX_TITLE characters, nothing of which Markdown reads."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    cut = line if len(line) <= MAX_TITLE else line[: MAX_TITLE - 3] + "..."
+    return MARKUP.sub(r"\\\g<0>", cut)
 
 
 def _validation_cells(valid: Mapping[str, Any]) -> list[list[str]]:
@@ -248,104 +335,3 @@ def _fenced(text: str) -> str:
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}yaml\n{text.rstrip()}\n{fence}"
-
-
-def _draw_curves(rows: Sequence[Mapping[str, Any]], selection_metric: str) -> bytes:
-    """A PNG of two panels: training loss by step; validation by epoch, the best marked."""
-    losses = [
-        (row["step"], row["loss"]) for row in rows if row["kind"] == "train" and "loss" in row
-    ]
-    valid = [row for row in rows if row["kind"] == "valid"]
-    chosen = [row for row in valid if selection_metric in row]
-    if valid and not chosen:
-        raise ValueError(
-            f"protocol.selection_metric is {selection_metric!r}; the validation rows "
-            f"of metrics.jsonl have {sorted(set(valid[0]) - {'kind', 'step', 'time_s'})}"
-        )
-    has_epoch = bool(chosen) and all("epoch" in row for row in chosen)
-    points = [(row["epoch" if has_epoch else "step"], row[selection_metric]) for row in chosen]
-
-    figure = new_figure(11, 4.2, wspace=0.05)
-    left, right = figure.subplots(1, 2)
-    dress(left, "Training loss", "step")
-    dress(right, f"Validation {selection_metric}", "epoch" if has_epoch else "step")
-    _draw_loss(left, losses)
-    _draw_metric(right, points)
-    return png(figure)
-
-
-def new_figure(width: float, height: float, wspace: float | None = None) -> Any:
-    """An empty matplotlib Figure of so many inches; `wspace` as its constrained layout has it."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=wspace)
-    return Figure(figsize=(width, height), dpi=150, layout=layout, facecolor="white")
-
-
-def png(figure: Any) -> bytes:
-    """The figure as a PNG file's content."""
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    return image.getvalue()
-
-
-def dress(axes: Any, title: str, unit: str) -> None:
-    """The look of every panel: its title, the unit of x, a grid, no frame."""
-    axes.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold", pad=10)
-    axes.set_xlabel(unit, color=INK)
-    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(GREY)
-    axes.tick_params(colors=INK, length=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-
-
-def _draw_loss(axes: Any, losses: Sequence[tuple[int, float]]) -> None:
-    if not losses:
-        _draw_absence(axes, "no training rows")
-        return
-    steps, values = zip(*losses, strict=True)
-    if len(values) < 40:
-        axes.plot(steps, values, color=BLUE, linewidth=1.8, marker="o", markersize=3)
-    else:
-        axes.plot(steps, values, color=BLUE, linewidth=0.8, alpha=0.3, label="logged")
-        axes.plot(steps, _smooth(values), color=BLUE, linewidth=2, label="smoothed")
-        axes.legend(frameon=False, labelcolor=INK)
-
-
-def _draw_metric(axes: Any, points: Sequence[tuple[float, float]]) -> None:
-    if not points:
-        _draw_absence(axes, "no validation rows")
-        return
-    positions, values = zip(*points, strict=True)
-    best = max(range(len(values)), key=values.__getitem__)
-    axes.plot(positions, values, color=BLUE, linewidth=1.8, marker="o", markersize=3.5)
-    axes.plot(positions[best], values[best], "o", color=ORANGE, markersize=9, zorder=3)
-    # Room above the curve, so that the label covers none of it.
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.16 * (high - low))
-    is_late = positions[best] > (positions[0] + positions[-1]) / 2
-    axes.annotate(
-        f"best {values[best]:.4f} at {axes.get_xlabel()} {positions[best]:g}",
-        (positions[best], values[best]),
-        xytext=(8 if not is_late else -2, 10),
-        textcoords="offset points",
-        ha="right" if is_late else "left",
-        color=ORANGE,
-        fontweight="bold",
-    )
-
-
-def _draw_absence(axes: Any, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=GREY)
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """The mean of a centred window, a twentieth of the curve wide, cut at the ends."""
-    half = max(1, len(values) // 40)
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from hstu_rec import distributed
+from hstu_rec import distributed, hosts
 from hstu_rec.baselines import baseline_metrics
 from hstu_rec.config import PARTS, RunConfig
 from hstu_rec.data.known_best import best_recall
@@ -12,6 +12,7 @@ from hstu_rec.data.synthetic import SyntheticDataset
 from hstu_rec.evaluator import evaluate
 from hstu_rec.learner import Learner
 from hstu_rec.resuming import Progress
+from hstu_rec.top_lists import beyond_accuracy, examples, top_lists
 
 
 def result_of(
@@ -27,9 +28,14 @@ def result_of(
         evaluate(learner.model, dataset, split, config.eval, learner.device, after_batch)
         for split in ("valid", "test")
     )
-    baselines = (
-        baseline_metrics(dataset, "test", config.eval.ks) if config.eval.with_baselines else {}
-    )
+    baselines, with_groups = {}, config.eval.with_groups
+    if config.eval.with_baselines:
+        baselines = baseline_metrics(dataset, "test", config.eval.ks, with_groups)
+    groups = {}
+    if with_groups:
+        groups = {"model": test.pop("groups")}
+        groups |= {name: row.pop("groups") for name, row in baselines.items()}
+    listed = _listed(config, learner, dataset, after_batch)
     num_events = learner.stream.num_positions * progress.epoch
     encoder = config.encoder
     return {
@@ -51,6 +57,8 @@ def result_of(
         "valid": {part: valid[part] for part in PARTS},
         "baselines": baselines,
         "further": _further(config, dataset, test),
+        "groups": groups,
+        **listed,
         "timing": {
             "prepare_s": dataset.stats.get("prepare_s"),
             "train_s": progress.train_s,
@@ -62,6 +70,18 @@ def result_of(
         },
         "versions": made_with,
     }
+
+
+def _listed(
+    config: RunConfig, learner: Learner, dataset: Sequences, after_batch: Callable[[], None]
+) -> dict[str, Any]:
+    """What is told of the lists of test users."""
+    settings = config.eval
+    if not settings.num_listed_users:
+        return {}
+    lists = top_lists(learner.model, dataset, settings, learner.device, after_batch)
+    shown = hosts.on_main(lambda: examples(lists, dataset, settings.num_examples))
+    return {"recommended": beyond_accuracy(lists, dataset), "examples": shown}
 
 
 def _of_frequent(config: RunConfig, test: dict[str, Any]) -> dict[str, int]:

@@ -21,7 +21,7 @@ from hstu_rec.encoder_config import EncoderConfig
 from hstu_rec.learner import Learner, rate_factor
 
 # What may differ when a run goes on: sections and settings that change neither the model nor its batches.
-FREE_SECTIONS = ("eval.", "checkpoint.", "guard.")
+FREE_SECTIONS = ("eval.", "checkpoint.", "guard.", "tracking.")
 FREE = {"name", "data.path", "encoder.attention_kernel", "loss.exchange"}
 FREE |= {f"table.{name}" for name in ("sharding", "kernel", "cache_load_factor", "new_rows")}
 FREE |= {

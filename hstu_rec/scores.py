@@ -19,7 +19,8 @@ LEAST_ROWS = 64
 # Items that are searched together for the best: so few that their scores stay in pieces of memory
 # that are used again, which is twice as fast as in larger ones.
 CHUNK_ITEMS = (2**12, 2**16)
-CHUNK_SCORES = 2**22
+# On CUDA larger ones, of which there are fewer: the host waits for each.
+CHUNK_SCORES = {"cpu": 2**22, "cuda": 2**26}
 # How many more than asked are scored exactly.
 NUM_SPARE = 16
 # Norms below this have finite products.
@@ -104,7 +105,7 @@ class Catalogue:
     @classmethod
     def of(cls, shard: ItemShard) -> "Catalogue":
         """Raises FloatingPointError for rows that are not finite, or so large that products may not be."""
-        scales, longest = torch.zeros(len(shard.rows)), 0.0
+        scales, longest = torch.zeros(len(shard.rows), device=shard.rows.device), 0.0
         for part in _parts(len(shard.rows), CHUNK_ITEMS[1]):
             norms, scored = (row_norms(rows) for rows in (shard.rows[part], shard.vectors(part)))
             if not (norms < MAX_NORM).all():
@@ -133,8 +134,8 @@ class Seen:
 def best_items(
     queries: Tensor, catalogue: Catalogue, num_best: int, seen: Seen
 ) -> tuple[Tensor, Tensor]:
-    """float64 [Q, k] scores, falling, and int64 [Q, k] items of the best, on CPU; of equal scores the lower
-    item first; k is num_best or all. What is no candidate has the score -inf.
+    """float64 [Q, k] scores, falling, and int64 [Q, k] items of the best; of equal scores the lower item
+    first; k is num_best or all. What is no candidate has the score -inf.
 
     queries: float32 [Q, D]. Products in float32 choose, a chunk of items at a time, what is scored exactly:
     num_best and some more, and the whole chunk where these are too near to others. Raises FloatingPointError
@@ -144,12 +145,13 @@ def best_items(
     if not (norms < MAX_NORM).all():
         raise FloatingPointError("queries are not finite: the model holds NaN or infinity")
     num_best = min(num_best, len(catalogue.scales))
-    best = torch.full((len(queries), num_best), -torch.inf, dtype=torch.float64)
-    items = torch.zeros(best.shape, dtype=torch.int64)
+    best = norms.new_full((len(queries), num_best), -torch.inf)
+    items = torch.zeros_like(best, dtype=torch.int64)
     # The second part is what underflows before it is scaled.
     reach = norms * catalogue.longest + catalogue.scales.amax() * limits.tiny / limits.eps
     few, many = CHUNK_ITEMS
-    size = min(max(CHUNK_SCORES // max(len(queries), 1), few), many)
+    num_scores = CHUNK_SCORES[queries.device.type]
+    size = min(max(num_scores // max(len(queries), 1), few), many)
     with true_float32(queries.device):
         for part in _parts(len(catalogue.scales), size):
             _add_chunk((best, items), queries, catalogue, part, seen, reach)
@@ -193,7 +195,7 @@ def _add_chunk(
         query = rest[place]
         scores = exact_scores(queries[query], catalogue.shard.vectors(part))[None]
         scores[:, is_seen[query]] += seen.added
-        every = torch.arange(part.start, part.stop)[None]
+        every = torch.arange(part.start, part.stop, device=queries.device)[None]
         merged = _merged((former[0][place, None], former[1][place, None]), scores, every)
         found[0][query], found[1][query] = merged[0][0], merged[1][0]
 
@@ -205,7 +207,7 @@ def _near(queries: Tensor, catalogue: Catalogue, part: slice, seen: Seen) -> tup
         near = (queries @ rows.T).mul_(scales)
     else:
         near = queries @ (rows * scales[:, None]).T
-    is_seen, here = torch.zeros(near.shape, dtype=torch.bool), seen.within(part)
+    is_seen, here = torch.zeros_like(near, dtype=torch.bool), seen.within(part)
     is_seen[here] = True
     near[here] = near[here] + seen.added  # once where an item is given twice
     return near, is_seen

@@ -1,4 +1,4 @@
-"""What a run tells while it works: metrics.jsonl, TensorBoard, one progress bar, lines of text.
+"""What a run tells while it works: metrics.jsonl, TensorBoard and services, a progress bar, lines of text.
 
     runs/<name>/metrics.jsonl      {"kind": "train", "step": 40, "time_s": 12.7, "loss": 8.31}
     runs/<name>/tensorboard/       scalars named kind/name, e.g. train/loss
@@ -21,6 +21,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hstu_rec import trackers
+from hstu_rec.trackers import TrackingConfig
+
 METRICS_FILE = "metrics.jsonl"
 SECONDS_BETWEEN_LINES = 10.0
 RESERVED = frozenset({"kind", "step", "time_s"})
@@ -32,8 +35,10 @@ class Tracker:
     `time_s` in the rows is seconds since this tracker was made (a resumed run starts at 0 again).
     """
 
-    def __init__(self, folder: Path, is_main: bool) -> None:
-        self._is_main = is_main
+    def __init__(self, folder: Path, is_main: bool, config: TrackingConfig | None = None) -> None:
+        self._is_main, self._config = is_main, config or TrackingConfig()
+        self._senders: list[trackers.Sender] = []
+        self._summary: dict[str, float] = {}
         self._folder = folder
         self._began_at = time.monotonic()
         self._tensorboard: _EventFile | None = None
@@ -43,8 +48,18 @@ class Tracker:
             self._last_known_step = max((row["step"] for row in read_metrics(folder)), default=-1)
             self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
 
+    def begin(self, name: str, settings: Mapping[str, Any]) -> None:
+        """Begins, or goes on with, the run in the services that are asked for. Raises ValueError."""
+        if self._is_main:
+            about = trackers.About(name, self._folder, self._config.project, settings)
+            self._senders = trackers.begin(self._config.to, about)
+
+    def summarise(self, values: Mapping[str, float]) -> None:
+        """Keeps final figures, which services are told at the end."""
+        self._summary |= values
+
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Appends one row and adds the scalars `kind/name` to TensorBoard.
+        """Appends one row and adds the scalars `kind/name` to TensorBoard and to services.
 
         `values` are plain numbers. JSON has no NaN or infinity: they become null.
         """
@@ -57,15 +72,23 @@ class Tracker:
         row = {"kind": kind, "step": step, "time_s": time_s, **numbers}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
+        scalars = {f"{kind}/{name}": value for name, value in values.items()}
+        for sender in self._senders:
+            sender.log(step, scalars)
+        if trackers.TENSORBOARD not in self._config.to:
+            return
         if self._tensorboard is None:
             # After a resume TensorBoard hides the steps of the stopped run that are done again.
             purge_step = step if step <= self._last_known_step else None
             self._tensorboard = _EventFile(self._folder / "tensorboard", purge_step)
-        self._tensorboard.add(step, {f"{kind}/{name}": value for name, value in values.items()})
+        self._tensorboard.add(step, scalars)
 
-    def bar(self, total: int, description: str, unit: str) -> "tqdm[Any]":
-        """A progress bar, as `bar` makes it; shown by this tracker's rank 0 alone."""
-        return bar(total, description, unit, is_shown=self._is_main)
+    def bar(self, total: int, description: str, unit: str, done: int = 0) -> "tqdm[Any]":
+        """A progress bar, as `bar` makes it; shown by this tracker's rank 0 alone. What was `done` before
+        counts as done, but not for the speed."""
+        made = bar(total, description, unit, is_shown=self._is_main)
+        made.n = made.initial = done
+        return made
 
     def say(self, text: str) -> None:
         """Prints `text` on stdout, above the bar if one is shown."""
@@ -73,10 +96,13 @@ class Tracker:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def close(self) -> None:
-        """Closes the files; may be called twice."""
+    def close(self, has_failed: bool = False) -> None:
+        """Closes the files, and the run in services; may be called twice."""
         if not self._is_main:
             return
+        for sender in self._senders:
+            sender.close(self._summary, has_failed)
+        self._senders = []
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -84,8 +110,8 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(has_failed=kind is not None)
 
 
 class _EventFile:
@@ -148,6 +174,10 @@ def bar(
         dynamic_ncols=True,
         file=sys.stderr,
     )
+
+
+# A bar of work that may be short is shown when it takes longer.
+BAR_AFTER_S = 2.0
 
 
 class Stages:

@@ -10,6 +10,7 @@ from typing import Any
 
 from hstu_rec import checkpoint, distributed, hosts, lock, resuming
 from hstu_rec.checkpoint import Saver
+from hstu_rec.comparison import rows_beside
 from hstu_rec.config import RunConfig, leaves, save, to_yaml
 from hstu_rec.data.stream import Sequences, check_frequent, open_dataset
 from hstu_rec.learner import Learner, check_graphs, resolved
@@ -18,6 +19,7 @@ from hstu_rec.results import result_of
 from hstu_rec.runs import measured_config
 from hstu_rec.signals import StopRequest
 from hstu_rec.starts import load_best, start_of
+from hstu_rec.trackers import check_installed
 from hstu_rec.tracking import METRICS_FILE, Tracker
 from hstu_rec.training import Run, Training
 from hstu_rec.versions import versions
@@ -36,7 +38,9 @@ def train(config: RunConfig) -> dict[str, Any]:
     made_with = versions()  # now, because the source may change while it trains
     with distributed.process_group(config.train.device) as device:
         config = _gone_on_with(config)
+        hosts.on_main(lambda: check_installed(config.tracking.to))
         dataset = _opened(config, made_with)
+        beside = _beside(config, dataset)
         # Before anything is written:
         folder = _run_folder(config)
         start = start_of(config, folder / "checkpoints")
@@ -47,9 +51,10 @@ def train(config: RunConfig) -> dict[str, Any]:
         with (
             lock.only_run_in(folder),
             StopRequest() as stop,
-            Tracker(folder, distributed.is_main()) as tracker,
+            Tracker(folder, distributed.is_main(), config.tracking) as tracker,
             Saver(folder / "checkpoints", config.checkpoint) as saver,
         ):
+            hosts.on_main(lambda: tracker.begin(folder.name, leaves(config)))
             learner = Learner(config, dataset, device)
             tracker.say(_opening(config, dataset, learner, folder))
             for sentence in start.told:
@@ -64,12 +69,33 @@ def train(config: RunConfig) -> dict[str, Any]:
             result = result_of(
                 config, learner, dataset, progress, made_with, training.stop_if_asked
             )
+            result["further"] |= beside
             tracker.log("test", progress.step, result["test"]["seen_allowed"])
+            tracker.summarise(_summary(result))
         if distributed.is_main():
             write_report(folder, result, to_yaml(config))
             print(f"\n{metric_table(result)}\n\nrun folder: {folder}", flush=True)
         distributed.barrier()
         return result
+
+
+def _beside(config: RunConfig, dataset: Sequences) -> dict[str, Any]:
+    """The rows of eval.compare_with, read before they are needed. Collective; raises on all ranks."""
+    uses_query_time = config.encoder.query_time == "next"
+    paths = config.eval.compare_with
+    return hosts.on_main(
+        lambda: rows_beside(paths, config.data.path, dataset.facts, uses_query_time)
+    )
+
+
+def _summary(result: dict[str, Any]) -> dict[str, float]:
+    """The final figures, by name."""
+    test = {
+        f"test/{part}/{name}": value
+        for part, values in result["test"].items()
+        for name, value in values.items()
+    }
+    return test | {"train_s": result["timing"]["train_s"]}
 
 
 def evaluate_run(folder: Path, overrides: list[str]) -> dict[str, Any]:
@@ -82,12 +108,15 @@ def evaluate_run(folder: Path, overrides: list[str]) -> dict[str, Any]:
         config = configs[distributed.rank()]
         device = hosts.together(lambda: distributed.start(config.train.device))[distributed.rank()]
         dataset = _opened(config, versions())
+        beside = _beside(config, dataset)
         # Of how it was trained; here it need not be a GPU.
         train = replace(config.train, cuda_graphs=False, compile=False)
         learner = Learner(replace(config, train=train), dataset, device)
         best = resuming.found_at(checkpoint.resolve(folder / "checkpoints", "best"))
         progress = resuming.load(best, learner, dataset)
-        return result_of(config, learner, dataset, progress, versions())
+        result = result_of(config, learner, dataset, progress, versions())
+        result["further"] |= beside
+        return result
 
 
 def _opened(config: RunConfig, made_with: dict[str, str | None]) -> Sequences:
@@ -161,6 +190,14 @@ def _check_unused(folder: Path, resume: str) -> None:
         )
 
 
+def _histories(config: RunConfig, learner: Learner) -> str:
+    """How many histories are cut in training."""
+    stream, longest = learner.stream, config.encoder.max_history_len
+    num_cut = int((stream.dataset.train_ends[stream.users] - 1 > longest).sum())
+    trained = f"{num_cut:,} of {len(stream.users):,} that are trained on have more"
+    return f"histories   the newest {longest} events; {trained}"
+
+
 def _opening(config: RunConfig, dataset: Sequences, learner: Learner, folder: Path) -> str:
     """What a run says before it starts."""
     num_dense = sum(p.numel() for p in learner.dense)
@@ -172,6 +209,7 @@ def _opening(config: RunConfig, dataset: Sequences, learner: Learner, folder: Pa
             f"run         {folder}",
             f"data        {dataset.path}: {dataset.num_users:,} users, {dataset.num_items:,} items, "
             f"{dataset.num_events:,} events",
+            _histories(config, learner),
             f"model       {config.encoder.attention} attention, {num_dense:,} dense parameters, "
             f"item table {table_mib:.2f} MiB over {distributed.world_size()} ranks",
             f"sharding    {config.table.sharding}, {config.table.optimizer} in the backward pass",

@@ -57,8 +57,9 @@ class Training:
         Raises Stopped on all ranks, with where it stands saved, when any of them is asked to stop.
         """
         settings, progress = self.run.config.train, self.progress
-        with self.run.tracker.bar(settings.max_epochs, "training", "epoch") as bar:
-            bar.update(progress.epoch)
+        total = self.run.learner.num_steps_planned
+        with self.run.tracker.bar(total, "training", "step", done=progress.step) as bar:
+            self._bar = bar
             while True:
                 if self._is_validation_due():
                     self._validate()
@@ -66,9 +67,9 @@ class Training:
                 if progress.epoch >= settings.max_epochs or is_out_of_patience:
                     break
                 loss, speed = self._train_epoch_or_tell()
-                bar.update(1)
                 self.run.tracker.log("speed", progress.step, speed)
-                bar.set_postfix_str(f"loss {loss:.3f}  {_shown(speed)}")
+                told = f"epoch {progress.epoch}/{settings.max_epochs}  loss {loss:.3f}"
+                bar.set_postfix_str(f"{told}  {_shown(speed)}")
         if progress.best is None:
             # Resumed beyond an end that was moved.
             self._validate()
@@ -109,6 +110,7 @@ class Training:
                 imbalance = learner.stream.imbalance(progress.epoch, index)
                 tracker.log("train", progress.step, {"loss": loss, "imbalance": imbalance})
             progress.step += 1
+            self._bar.update(1)
             progress.batch = index + 1
             if progress.batch == num_steps:
                 progress.epoch, progress.batch = progress.epoch + 1, 0

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from hstu_rec import checkpoint, distributed, hosts
+from hstu_rec import checkpoint, distributed, hosts, tracking
 from hstu_rec.checkpoint.saved_rows import SavedRows
 from hstu_rec.config import RunConfig, leaves, load
 from hstu_rec.data.dataset import Dataset
@@ -155,7 +155,7 @@ def _carry(
                 f"{former.checkpoint}: {name!r} is {saved.dtype} {list(saved.shape)}, which does not fit "
                 f"{tensor.dtype} {list(tensor.shape)} and {num_former} former items"
             )
-        for rows, ids in _blocks(shards_of(tensor)):
+        for rows, ids in _told(_blocks(shards_of(tensor)), name):
             known = np.flatnonzero(former_rows[ids] >= 0)
             values = saved.take(former_rows[ids][known])
             rows[torch.from_numpy(known).to(rows.device)] = values.to(rows.device)
@@ -197,6 +197,19 @@ def _blocks(shards: list[tuple[Tensor, int]]) -> Iterator[tuple[Tensor, slice]]:
         for begin in range(0, len(rows), BLOCK_ROWS):
             block = rows[begin : begin + BLOCK_ROWS]
             yield block, slice(first + begin, first + begin + len(block))
+
+
+def _told(blocks: Iterator[tuple[Tensor, slice]], name: str) -> Iterator[tuple[Tensor, slice]]:
+    """The blocks, with a bar on the main process where the work on them is long."""
+    every = list(blocks)
+    total = sum(len(rows) for rows, _ in every)
+    is_shown = distributed.is_main()
+    with tracking.bar(
+        total, f"rows of {name}", "row", is_shown=is_shown, after_s=tracking.BAR_AFTER_S
+    ) as bar:
+        for rows, ids in every:
+            yield rows, ids
+            bar.update(len(rows))
 
 
 def _periods(learner: Learner, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -31,13 +31,21 @@ def random_sequences(seed, num_users=40, num_items=30):
 def test_all_rows_equal_their_slow_definition(tmp_path, monkeypatch, split, num_held_out, seed):
     monkeypatch.setattr(baselines, "BATCH_USERS", 7)
     sequences = random_sequences(seed)
-    result = baseline_metrics(write_dataset(tmp_path / "data", sequences, num_items=33), split, KS)
+    dataset = write_dataset(tmp_path / "data", sequences, num_items=33)
+    result = baseline_metrics(dataset, split, KS, with_groups=True)
+    lengths = [len(one) - num_held_out for one in sequences if len(one) >= 3]
     expected = oracles.baseline_ranks(sequences, 33, num_held_out, WINDOW)
     assert result.keys() == expected.keys()
     for name in expected:
         allowed, masked = zip(*expected[name], strict=True)
         assert result[name]["seen_allowed"] == pytest.approx(oracles.metrics(allowed, KS))
         assert result[name]["seen_masked"] == pytest.approx(oracles.metrics(masked, KS))
+        short = [rank for rank, length in zip(masked, lengths, strict=True) if length <= 5]
+        group = result[name]["groups"]["history_length"]["1-5"]
+        assert group["num_users"] == len(short) > 5
+        assert group["seen_masked"]["ndcg@10"] == pytest.approx(
+            oracles.metrics(short, [10])["ndcg@10"]
+        )
 
 
 def test_co_occurrence_finds_a_planted_companion_that_popularity_does_not(tmp_path):

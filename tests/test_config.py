@@ -2,9 +2,11 @@
 
 import io
 import math
+import re
+import runpy
 import sys
 import tempfile
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +15,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hstu_rec.config import OptimConfig, RunConfig, help_text, leaves, load, run_app, save
+from hstu_rec.config import (
+    OptimConfig,
+    RunConfig,
+    differences,
+    help_text,
+    leaves,
+    load,
+    run_app,
+    save,
+)
+from hstu_rec.data.prepare import PrepareConfig
+from hstu_rec.data.synthetic import SyntheticConfig
+from hstu_rec.evaluator import EvalConfig
+from hstu_rec.export import ExportConfig
+from hstu_rec.planning import PlannedRun
+from hstu_rec.recommending import RecommendConfig
+from hstu_rec.settings import hints_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -328,12 +346,48 @@ def keys_of(section: Any) -> list[str]:
 
 def test_the_help_lists_every_key_with_default_choices_and_doc() -> None:
     text = help_text(Outer)
-    assert "  title=t\n      What it is called, on two lines.\n" in text
-    assert "  inner.count=2\n      How many.\n" in text
+    assert "  title=t  (text)\n      What it is called, on two lines.\n" in text
+    assert "  inner.count=2  (a whole number)\n      How many.\n" in text
     assert "  other.kind=red  (red, green)\n" in text
-    assert "inner.limit=null" in text
-    assert "inner.sizes=[1, 2, 3]" in text
-    assert "inner.is_on=true" in text
+    assert re.search(r"inner.limit=null  \(.* or null\)", text)
+    assert "inner.sizes=[1, 2, 3]  (a list in brackets, [...], each a whole number)" in text
+    assert "inner.is_on=true  (true or false)" in text
+    assert help_text(Outer, r"inner\.(count|is_on)").count("=") == 2
+
+
+def run_help(app: str, *words: str) -> str:
+    script = runpy.run_path(str(CONFIGS.parent / "apps" / f"{app}.py"))
+    with redirect_stdout(io.StringIO()) as stdout:
+        script["main"]([*words, "help"])
+    return stdout.getvalue()
+
+
+HELP_OF = {
+    "train": RunConfig, "evaluate": EvalConfig, "prepare": PrepareConfig, "export": ExportConfig,
+    "recommend": RecommendConfig, "plan": PlannedRun, "make_events": SyntheticConfig,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("app", HELP_OF)
+def test_the_help_of_every_app_lists_every_setting(app: str) -> None:
+    lines, prefix = run_help(app).splitlines(), "eval." if app == "evaluate" else ""
+    for key in hints_of(HELP_OF[app]):
+        place = [i for i, line in enumerate(lines) if line.startswith(f"  {prefix}{key}=")]
+        assert place and lines[place[0]].endswith(")"), key
+        assert lines[place[0] + 1].startswith("      "), key
+
+
+def test_the_help_of_every_measure_lists_its_settings() -> None:
+    schemas = runpy.run_path(str(CONFIGS.parent / "apps" / "benchmark.py"))["SCHEMAS"]
+    for measure, schema in schemas.items():
+        text = run_help("benchmark", measure)
+        assert [key for key in hints_of(schema) if f"  {key}=" not in text] == []
+
+
+def test_the_help_of_train_tells_what_the_demo_changes() -> None:
+    demo = load(RunConfig, [str(CONFIGS / "demo.yaml")])
+    assert differences(RunConfig()) == "" and "encoder.dim=" in differences(demo)
+    assert f"configs/demo.yaml sets {differences(demo)}" in run_help("train")
 
 
 def test_every_key_of_a_run_is_documented() -> None:

@@ -1,6 +1,7 @@
 """Exact ranks in one process: the definition, rounding, ties, bad values; metrics."""
 
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -213,7 +214,8 @@ def test_no_query_and_no_row_give_no_rank_and_no_count():
 def evaluated(folder, settings):
     """(what evaluate finds of a model with a seen bias of -1.7, slow ranks allowed and masked, sequences)."""
     random = np.random.default_rng(4)
-    sequences = [random.integers(0, 20, n).tolist() for n in random.integers(3, 15, 30)]
+    lengths = random.integers(3, 15, 30)
+    sequences = [(20 * random.random(n) ** 3).astype(int).tolist() for n in lengths]
     dataset = write_dataset(folder / "data", sequences, num_items=20)
     small = ["encoder.dim=8", "encoder.max_history_len=4", "loss.use_seen_bias=true"]
     settings = [*settings, f"data.path={folder / 'data'}", "loss.temperature=0.3"]
@@ -357,3 +359,46 @@ def test_eval_settings_load_and_all_their_problems_are_told_at_once():
     assert "min_train_count" in EvalConfig(min_train_count=-1).problems()[0]
     assert EvalConfig(ks=[]).problems() and EvalConfig(ks=[0, 1]).problems()
     assert not EvalConfig().problems()
+
+
+def group_of(value, least):
+    return [place for place, begin in enumerate(least) if value >= begin][-1]
+
+
+def test_figures_by_length_and_by_frequency_equal_those_of_each_group_alone(tmp_path):
+    found, allowed, masked, sequences = evaluated(tmp_path, [])
+    trained = Counter(item for sequence in sequences for item in sequence[:-2])
+    values = {
+        "history_length": [len(sequence) - 1 for sequence in sequences],
+        "target_train_count": [trained[sequence[-1]] for sequence in sequences],
+    }
+    spans = {"history_length": (1, 6, 11, 21, 51), "target_train_count": (0, 1, 5, 20, 100, 1000)}
+    names = {
+        "history_length": ["1-5", "6-10", "11-20", "21-50", "51+"],
+        "target_train_count": ["0", "1-4", "5-19", "20-99", "100-999", "1000+"],
+    }
+    assert found["groups"].keys() == values.keys()
+    for grouping, of_users in values.items():
+        assert [*found["groups"][grouping]] == names[grouping]
+        num_filled = 0
+        for place, group in enumerate(found["groups"][grouping].values()):
+            here = [u for u, v in enumerate(of_users) if group_of(v, spans[grouping]) == place]
+            assert group.pop("num_users") == len(here)
+            num_filled += bool(here)
+            for part, ranks in (("seen_masked", masked), ("seen_allowed", allowed)):
+                if here:
+                    expected = oracles.metrics([ranks[user] for user in here], [10])
+                    del expected["mrr"]
+                    assert group.pop(part) == pytest.approx(expected, rel=1e-12)
+            assert not group
+        assert num_filled > 1
+
+
+def test_without_groups_and_in_validation_there_are_none(tmp_path):
+    assert "groups" not in evaluated(tmp_path, ["eval.with_groups=false"])[0]
+    with distributed.process_group("cpu") as device:
+        dataset = Dataset(tmp_path / "data")
+        learner = Learner(load(RunConfig, ["encoder.dim=8"]), dataset, device)
+        assert "groups" not in evaluator.evaluate(
+            learner.model, dataset, "valid", EvalConfig(), device
+        )

@@ -2,12 +2,13 @@
 
 import copy
 import json
+import re
 import struct
 
 import numpy as np
 import pytest
 
-from hstu_rec.report import FIRST_METRICS, metric_table, protocol_line, write_report
+from hstu_rec.report import FIRST_METRICS, metric_table, plain, protocol_line, write_report
 from hstu_rec.tracking import Tracker, read_metrics
 from tests.results import PROTOCOL
 
@@ -137,10 +138,10 @@ def test_the_curves_differ_with_the_metrics_and_are_a_wide_picture(tmp_path, res
 def test_the_best_epoch_is_marked_in_the_curves(tmp_path):
     from matplotlib.figure import Figure
 
-    from hstu_rec import report
+    from hstu_rec import drawing
 
     axes = Figure().subplots()
-    report._draw_metric(axes, [(1, 0.01), (2, 0.03), (3, 0.02)])
+    drawing._draw_metric(axes, [(1, 0.01), (2, 0.03), (3, 0.02)])
     assert "best 0.0300" in axes.texts[0].get_text()
     assert np.array_equal(axes.lines[1].get_xdata(), [2])
 
@@ -169,3 +170,66 @@ def test_repeated_targets_are_told_where_masking_makes_them_easy() -> None:
     assert "repeats" not in protocol_line({**PROTOCOL, "num_repeated_targets": 0})
     line = protocol_line({**PROTOCOL, "num_users": 8, "num_repeated_targets": 3})
     assert " 37.5% of the targets are repeats: targets are never masked" in line
+
+
+def test_groups_are_a_table_each_and_a_picture(tmp_path, result):
+    def group(num_users, first):
+        figures = {"recall@10": first, "ndcg@10": first / 2}
+        return {"num_users": num_users, "seen_masked": figures, "seen_allowed": figures}
+
+    def of_method(first):
+        lengths = {"1-5": group(1234, first), "6-10": {"num_users": 0}}
+        return {"history_length": lengths, "target_train_count": {"0": group(5, first)}}
+
+    result["groups"] = {"model": of_method(0.5), "own_history": of_method(0.25)}
+    write_report(tmp_path, result, CONFIG)
+    page = (tmp_path / "report.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
+    assert rows.count(["1-5", "1,234", "0.5000", "0.2500", "0.2500", "0.1250"]) == 2
+    assert rows.count(["6-10", "0", "", "", "", ""]) == 2
+    assert ["0", "5", "0.5000", "0.2500", "0.2500", "0.1250"] in rows
+    assert "(groups.png)" in page and "own-history recall@10" in page
+    drawn = (tmp_path / "groups.png").read_bytes()
+    assert drawn[:8] == b"\x89PNG\r\n\x1a\n"
+    result["groups"]["own_history"] = of_method(0.75)
+    write_report(tmp_path, result, CONFIG)
+    assert (tmp_path / "groups.png").read_bytes() != drawn
+
+
+def test_coverage_and_novelty_are_sentences(tmp_path, result):
+    result["recommended"] = {
+        **{"num_users": 5000, "k": 10, "coverage": 0.123, "num_items": 1488},
+        **{"novelty": 9.876, "target_novelty": 10.5},
+    }
+    write_report(tmp_path, result, CONFIG)
+    page = (tmp_path / "report.md").read_text()
+    assert "of 5,000 test users: 1,488 items" in page
+    assert "**12.3%** of the catalogue" in page and "**9.88** bits" in page and "10.50 bits" in page
+
+
+def example(**title):
+    item = {"item_id": 7, **title}
+    other = {"item_id": "a_b"}
+    parts = {"history": [other, item], "target": item, "recommended": [other, item]}
+    return {"user": "u|1", "num_events": 1234, **parts}
+
+
+def test_examples_show_titles_that_markdown_does_not_read(tmp_path, result):
+    result["examples"] = [example(title="*Bold* | [x](y)\n<b>\x07")]
+    write_report(tmp_path, result, CONFIG)
+    page = (tmp_path / "report.md").read_text()
+    assert "User u\\|1, the newest of 1,234 events:" in page
+    title = r"\*Bold\* \| \[x\]\(y\) \<b\>"
+    assert re.search(rf"\| 2 recommended \(the target\) \| 7 +\| {re.escape(title)} \|", page)
+    assert re.search(r"\| history +\| a\\_b +\| +\|", page)
+
+
+def test_without_titles_examples_have_own_ids_alone(tmp_path, result):
+    result["examples"] = [example()]
+    write_report(tmp_path, result, CONFIG)
+    page = (tmp_path / "report.md").read_text()
+    assert "| **target**" in page and "title" not in page.split("## Examples")[1].split("##")[0]
+
+
+def test_a_long_title_is_cut():
+    assert plain("x" * 81) == "x" * 77 + "..." and plain("x" * 80) == "x" * 80

@@ -9,16 +9,16 @@ the input.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import duckdb
 
+from hstu_rec.data.bad_rows import TOO_LATE, BadRows, bad_row_counts
 from hstu_rec.data.database import row, scalar
 from hstu_rec.data.dataset import LATEST_S
 from hstu_rec.data.sources import Staged
 
 TimeUnit = Literal["auto", "s", "ms", "us", "ns"]
-BadRows = Literal["raise", "drop"]
 
 TICKS_PER_S = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 # Bands that do not touch: 1973 to 2286 in each unit. A value in none of them is ambiguous.
@@ -31,7 +31,6 @@ NUMBER = r"-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][-+]?[0-9]+)?"
 
 
 MOMENT_UNITS: dict[str, TimeUnit] = {"TIMESTAMP": "us", "TIMESTAMP_NS": "ns"}
-TOO_LATE = "beyond the year 5000"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +47,8 @@ class Cleaned:
     """SQL of an event's unix second."""
     has_tie: bool
     """Whether there is a column `tie`."""
+    has_title: bool
+    """Whether there is a column `title`, NULL where an item's row has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +86,10 @@ def clean(
     Raises ValueError for bad rows (unless they are dropped), for ids that are floats with
     fractions, and for times of mixed or ambiguous unit.
     """
-    typed = {role: _id_column(connection, staged, role, bad_rows) for role in ("user", "item")}
-    typed["time"] = _time_column(connection, staged)
-    if "tie" in staged.types:
-        typed["tie"] = _tie_column(connection, staged)
-    if "rating" in staged.types:
-        value = f"TRY_CAST({_text(staged, 'rating')} AS DOUBLE)"
-        typed["rating"] = _Column(value=value, kind="DOUBLE")
-    for role in (one for one in staged.types if one.startswith("feature_")):
-        typed[role] = _feature_column(connection, staged, role)
+    typed = _typed(connection, staged, bad_rows)
+    # No row is bad for its title.
+    tests = _bad(staged, {r: one for r, one in typed.items() if r != "title"}, time_unit)
     values = ", ".join(f"{column.value} AS {role}" for role, column in typed.items())
-    tests = _bad(staged, typed, time_unit)
     reasons = " ".join(f"WHEN {one.test} THEN '{one.reason}'" for one in tests)
     raws = " ".join(f"WHEN {one.test} THEN raw_{one.role}::VARCHAR" for one in tests)
     connection.execute(
@@ -104,7 +98,7 @@ def clean(
         f"{values}, {', '.join(f'{role} AS raw_{role}' for role in typed)} FROM staged)"
     )
     rows_read = scalar(connection, "SELECT count(*) FROM staged") + staged.num_malformed
-    dropped = _bad_row_counts(connection, staged, bad_rows)
+    dropped = bad_row_counts(connection, staged, bad_rows)
     is_kept = "reason IS NULL" if sum(dropped.values()) > staged.num_malformed else "true"
     if min_rating is not None:
         is_low = f"{is_kept} AND rating < {float(min_rating)!r}"
@@ -131,7 +125,27 @@ def clean(
         if typed["time"].kind == "DOUBLE"
         else f"time // {ticks}",
         has_tie="tie" in typed,
+        has_title="title" in typed,
     )
+
+
+def _typed(
+    connection: duckdb.DuckDBPyConnection, staged: Staged, bad_rows: BadRows
+) -> dict[str, _Column]:
+    """The columns that there are, by role."""
+    typed = {role: _id_column(connection, staged, role, bad_rows) for role in ("user", "item")}
+    typed["time"] = _time_column(connection, staged)
+    if "tie" in staged.types:
+        typed["tie"] = _tie_column(connection, staged)
+    if "rating" in staged.types:
+        rating = f"TRY_CAST({_text(staged, 'rating')} AS DOUBLE)"
+        typed["rating"] = _Column(value=rating, kind="DOUBLE")
+    if "title" in staged.types:
+        title = f"nullif(trim({_text(staged, 'title')}::VARCHAR), '')"
+        typed["title"] = _Column(value=title, kind="VARCHAR")
+    for role in (one for one in staged.types if one.startswith("feature_")):
+        typed[role] = _feature_column(connection, staged, role)
+    return typed
 
 
 def _names(files: list[Path]) -> str:
@@ -369,45 +383,6 @@ def _bad(staged: Staged, typed: dict[str, _Column], asked: TimeUnit) -> list[_Ba
         test = f"time >= {LATEST_S * TICKS_PER_S[unit]}"
         tests.append(_Bad(f"{name} {TOO_LATE}", "time", test))
     return tests
-
-
-def _bad_row_counts(
-    connection: duckdb.DuckDBPyConnection, staged: Staged, bad_rows: BadRows
-) -> dict[str, int]:
-    """Bad rows by reason; with bad_rows=raise, an error that names files, columns and counts."""
-    found = connection.execute(
-        "SELECT reason, count(*), count(DISTINCT file), min({'seq': seq, 'file': file, 'raw': raw}, 5) "
-        "FROM typed WHERE reason IS NOT NULL GROUP BY reason ORDER BY reason"
-    ).fetchall()
-    if found and bad_rows == "raise":
-        told = "; ".join(_told(connection, staged, *one) for one in found)
-        unit = " (or look at time_unit)" if TOO_LATE in told else ""
-        raise ValueError(f"{told}; mend the rows{unit}, or leave them out with bad_rows=drop")
-    malformed = {"malformed line": staged.num_malformed} if staged.num_malformed else {}
-    return malformed | {reason: count for reason, count, *_ in found}
-
-
-def _told(
-    connection: duckdb.DuckDBPyConnection,
-    staged: Staged,
-    reason: str,
-    num_rows: int,
-    num_files: int,
-    first: list[dict[str, Any]],
-) -> str:
-    """Bad rows of a reason: how many, where, and up to five of them."""
-    file = first[0]["file"]
-    begin = scalar(connection, f"SELECT min(rowid) FROM staged WHERE file = {file}") - 1
-    here = [one for one in first if one["file"] == file]
-    rows = f"{num_rows:,} {'row' if num_rows == 1 else 'rows'}"
-    rows += f" in {num_files:,} files" if num_files > 1 else ""
-    values = [str(one["raw"])[:40] for one in here if one["raw"] not in (None, "")]
-    places = [f"{one['seq'] - begin:,}" for one in here]
-    examples = f": {', '.join(values)}" if values else f" ({', '.join(places)})"
-    return (
-        f"{staged.files[file]}: {rows} with {reason}, first in row {places[0]} of this file"
-        f"{examples if values or len(places) > 1 else ''}"
-    )
 
 
 def _unit(

@@ -1,6 +1,6 @@
 """A prepared dataset folder, memory-mapped: only what a batch needs is read.
 
-items.parquet   one row an item    item_id | index | count | train_count
+items.parquet   one row an item    item_id | index | count | train_count [| title]
 counts.arrow    one row an item    train_count (by index) | by_train_count (indices, rarest first)
 users.arrow     one row a user     user_id | start | length | train_end | valid_end
 events.arrow    user after user    item | timestamp        (record batches of 2**22 rows)
@@ -21,10 +21,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as _compute
 import pyarrow.parquet as pq
 
 from hstu_rec.data.mapped import OpenFiles, open_arrow, views, whole
 from hstu_rec.durable import digest_of
+
+pc: Any = _compute  # its functions are made when it is imported
 
 FORMAT_VERSION = 3
 EVENT_CHUNK_ROWS = 2**22
@@ -184,6 +187,19 @@ class Dataset:
         if (index == np.arange(len(index))).all():
             return items.column("item_id")
         return items.column("item_id").take(np.argsort(index))
+
+    def labels(self, items: np.ndarray) -> list[dict[str, Any]]:
+        """Own id of each, "item_id", and "title" where it has one; no more of the files is read than holds
+        them."""
+        wanted = pc.field("index").isin(pa.array(np.unique(items)))
+        found: dict[int, dict[str, Any]] = {}
+        for part in parts(self.path / ITEMS):
+            names = [n for n in ("index", "item_id", "title") if n in pq.read_schema(part).names]
+            table = pq.read_table(pa.OSFile(str(part)), columns=names, filters=wanted)
+            for row in table.to_pylist():
+                known = {name: value for name, value in row.items() if value is not None}
+                found[known.pop("index")] = known
+        return [found[item] for item in items.tolist()]
 
     @property
     def user_ids(self) -> pa.ChunkedArray:

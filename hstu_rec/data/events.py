@@ -40,6 +40,16 @@ def number(
         f"CREATE TABLE events AS SELECT u.code AS user, i.code AS item, time{tie}{also}, seq "
         "FROM kept k JOIN user_ids u ON k.user = u.id JOIN item_ids i ON k.item = i.id"
     )
+    titled = (
+        "SELECT i.code, k.title, count(*) AS num_rows FROM kept k JOIN item_ids i ON k.item = i.id "
+        "WHERE k.title IS NOT NULL GROUP BY i.code, k.title"
+        if cleaned.has_title
+        else "SELECT 0 AS code, '' AS title, 0 AS num_rows WHERE false"
+    )
+    connection.execute(
+        "CREATE TABLE titles AS SELECT code, count(*) AS num_titles, "
+        f"arg_min(title, (-num_rows, title)) AS title FROM ({titled}) GROUP BY code"
+    )
     connection.execute("DROP VIEW kept; DROP VIEW typed; DROP TABLE staged; CHECKPOINT")
     num_users, num_items = row(
         connection, "SELECT (SELECT count(*) FROM user_ids), (SELECT count(*) FROM item_ids)"
@@ -135,10 +145,10 @@ def order(
                         FROM events GROUP BY user) JOIN user_ids USING (code)
                   ORDER BY code);
             CREATE TABLE items AS
-            SELECT row_number() OVER () - 1 AS place, code, id AS item_id
-            FROM (SELECT code, id FROM (SELECT DISTINCT item AS code FROM events)
-                  JOIN item_ids USING (code) ORDER BY code);
-            DROP TABLE user_ids; DROP TABLE item_ids"""
+            SELECT row_number() OVER () - 1 AS place, code, id AS item_id, title, num_titles
+            FROM (SELECT code, id, title, num_titles FROM (SELECT DISTINCT item AS code FROM events)
+                  JOIN item_ids USING (code) LEFT JOIN titles USING (code) ORDER BY code);
+            DROP TABLE user_ids; DROP TABLE item_ids; DROP TABLE titles"""
     )
     num_items = scalar(connection, "SELECT count(*) FROM items")
     if num_items > MAX_ITEMS:
@@ -170,6 +180,15 @@ def _check_targets(connection: duckdb.DuckDBPyConnection, cut: tuple[int, int] |
             "the split leaves no validation target: no user has an event before and one in the "
             "validation part; give other times or fractions"
         )
+
+
+def count_titles(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
+    """How many of the table `items` have no title, and how many had several."""
+    without, several = row(
+        connection,
+        "SELECT count(*) FILTER (title IS NULL), count(*) FILTER (num_titles > 1) FROM items",
+    )
+    return {"items_without": without, "items_with_several": several}
 
 
 def num_targets(connection: duckdb.DuckDBPyConnection) -> tuple[int, int]:

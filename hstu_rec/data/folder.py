@@ -2,7 +2,7 @@
 
 users(user_id, start, length, train_end, valid_end)          --> users.arrow
 a query of item, timestamp, time: user after user, in order  --> events.arrow, counts.arrow, features.arrow
-items(place, item_id)                                        --> items.parquet
+items(place, item_id, title)                                 --> items.parquet
 """
 
 import json
@@ -77,18 +77,20 @@ def _tallied(reader: pa.RecordBatchReader, tally: Tally) -> Iterator[pa.RecordBa
 
 
 def write_items(connection: duckdb.DuckDBPyConnection, tally: Tally, folder: Path) -> None:
-    """Writes the table `items` and what was counted of each."""
-    reader = _item_ids(connection)
+    """Writes the table `items` and what was counted of each; titles where there are any."""
+    has_title = row(connection, "SELECT count(title) > 0 FROM items")[0]
+    reader = _item_ids(connection, "item_id, title" if has_title else "item_id")
     schema = pa.schema(
         [reader.schema.field("item_id")]
         + [pa.field(name, pa.int64()) for name in ("index", "count", "train_count")]
+        + ([pa.field("title", pa.string())] if has_title else [])
     )
     begin = 0
     with pq.ParquetWriter(folder / "items.parquet", schema, compression="zstd") as writer:
         for batch in reader:
             part = slice(begin, begin + len(batch))
             columns = [batch.column(0), np.arange(part.start, part.stop)]
-            columns += [tally.counts[part], tally.train_counts[part]]
+            columns += [tally.counts[part], tally.train_counts[part], *batch.columns[1:]]
             writer.write_table(pa.table(columns, schema=schema))
             begin = part.stop
 
@@ -136,9 +138,11 @@ def measure(connection: duckdb.DuckDBPyConnection, tally: Tally) -> dict[str, An
     }
 
 
-def _item_ids(connection: duckdb.DuckDBPyConnection) -> pa.RecordBatchReader:
+def _item_ids(
+    connection: duckdb.DuckDBPyConnection, columns: str = "item_id"
+) -> pa.RecordBatchReader:
     """Own ids of the items (column item_id), by index."""
-    return connection.sql("SELECT item_id FROM items ORDER BY place").to_arrow_reader(READ_ROWS)
+    return connection.sql(f"SELECT {columns} FROM items ORDER BY place").to_arrow_reader(READ_ROWS)
 
 
 def write_stats(stats: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Own ids of a run's rows, kept with the run, and matched with those of another catalogue.
 
-RUN/items.parquet holds item_id | index, by index: the dataset may be prepared again.
+RUN/items.parquet holds item_id | index, and title where the dataset has it, by index: the dataset may be
+prepared again.
 """
 
 import os
@@ -34,10 +35,12 @@ class MatchedItems:
 def keep_item_map(dataset: Path, folder: Path) -> None:
     """Copies the dataset's map into `folder`, complete or not at all."""
     partial = folder / f"{ITEM_MAP}.tmp"
-    files = ", ".join(quoted(file) for file in parts(dataset / ITEMS))
+    sources = parts(dataset / ITEMS)
+    files = ", ".join(quoted(file) for file in sources)
+    title = ", title" if "title" in pq.read_schema(sources[0]).names else ""
     with database(folder, MEMORY_LIMIT) as connection:
         connection.execute(
-            f"COPY (SELECT item_id, index FROM read_parquet([{files}], hive_partitioning=false) "
+            f"COPY (SELECT item_id, index{title} FROM read_parquet([{files}], hive_partitioning=false) "
             f"ORDER BY index) TO {quoted(partial)} (FORMAT parquet, COMPRESSION zstd)"
         )
     os.replace(partial, folder / ITEM_MAP)

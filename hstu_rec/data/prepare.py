@@ -28,6 +28,7 @@ from hstu_rec.data.clean import BadRows, Cleaned, TimeUnit, clean
 from hstu_rec.data.database import MEMORY_LIMIT, database
 from hstu_rec.data.events import (
     count,
+    count_titles,
     cut_times,
     drop_rare,
     drop_repeats,
@@ -59,6 +60,9 @@ class PrepareConfig:
     """Orders a user's events of one time; default: the order of the rows in the input."""
     feature_columns: list[str] = field(default_factory=list)
     """Columns that events carry for ranking models: numbers (ratings, prices) or texts of few values."""
+    title_column: str | None = None
+    """Column of the items' titles, for people: the most frequent of an item is kept, of equals the first by
+    bytes; empty ones are none."""
     rating_column: str | None = None
     """Column of ratings, read for min_rating only; default `rating` or the preset's."""
     time_unit: TimeUnit = "auto"
@@ -135,7 +139,7 @@ class PrepareConfig:
         """Role to column name, for the roles that are read."""
         names = PRESETS[self.preset].columns | {
             role: getattr(self, f"{role}_column")
-            for role in ("user", "item", "time", "rating", "tie")
+            for role in ("user", "item", "time", "rating", "tie", "title")
             if getattr(self, f"{role}_column") is not None
         }
         if self.min_rating is None:
@@ -208,6 +212,7 @@ def _make(
     with stages.stage("measure"):
         write_items(connection, tally, folder)
         measured = measure(connection, tally)
+        titles = {"titles": count_titles(connection)} if cleaned.has_title else {}
     assert cleaned.rows_read == tally.num_events + sum(dropped.values())
     split = dict(zip(("valid_time", "test_time"), cut, strict=True)) if cut else {}
     return {
@@ -218,6 +223,7 @@ def _make(
         "items_read": items_read,
         "dropped": dropped,
         "features": facts_of(connection, features),
+        **titles,
         "time_unit": cleaned.time_unit,
         "split": {"kind": config.split} | split,
         "files": [path.name for path in files],
@@ -253,11 +259,22 @@ def report(stats: dict[str, Any]) -> str:
             f"{stats['tie_last_two_share']:.1%} of users",
             *([repeated] if stats["duplicates"] else []),
             f"dropped  {dropped}",
+            *_titles(stats),
             f"split    {split}: {stats['valid_targets']:,} validation and "
             f"{stats['test_targets']:,} test targets",
             f"took     {stats['prepare_s']:.1f} s ({rate:,.0f} rows/s)",
         )
     )
+
+
+def _titles(stats: dict[str, Any]) -> list[str]:
+    """What became of titles, a line, or none where there is no such column."""
+    if (titles := stats.get("titles")) is None:
+        return []
+    return [
+        f"titles   {titles['items_without']:,} items have none; {titles['items_with_several']:,} have "
+        "several, of which the most frequent is kept"
+    ]
 
 
 def _seconds(moment: str) -> int:

@@ -1,6 +1,6 @@
 """The folder that any engine may write, and every rule for it (docs/own-data.md, "The folder on disk").
 
-items.parquet       one row an item   item_id | index [| count] [| train_count]
+items.parquet       one row an item   item_id | index [| count] [| train_count] [| title]
 sequences.parquet   one row a user    user_id | item_indices | timestamps [| train_end | valid_end]
 
 Each is a file or a folder of parts. The rules are SQL over rows, so that a folder of any size is
@@ -20,14 +20,20 @@ from hstu_rec.data.events import leave_one_out
 INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER")
 IDS = ("BIGINT", "VARCHAR")
 LISTS = tuple(f"{kind}[]" for kind in INTEGERS)
-MEANINGS = {INTEGERS: "an integer", IDS: "int64 or string", LISTS: "a list of integers"}
+TEXT = ("VARCHAR",)
+MEANINGS = {
+    INTEGERS: "an integer",
+    TEXT: "a string",
+    IDS: "int64 or string",
+    LISTS: "a list of integers",
+}
 
 REQUIRED = {
     ITEMS: {"item_id": IDS, "index": INTEGERS},
     SEQUENCES: {"user_id": IDS, "item_indices": LISTS, "timestamps": LISTS},
 }
 OPTIONAL = {
-    ITEMS: {"count": INTEGERS, "train_count": INTEGERS},
+    ITEMS: {"count": INTEGERS, "train_count": INTEGERS, "title": TEXT},
     SEQUENCES: {"train_end": INTEGERS, "valid_end": INTEGERS},
 }
 VIEWS = {ITEMS: "item_rows", SEQUENCES: "sequence_rows"}
@@ -126,7 +132,7 @@ def item_problems(connection: duckdb.DuckDBPyConnection, folder: Path) -> list[s
             "index",
         ),
     ]
-    for column in has & set(OPTIONAL[ITEMS]):
+    for column in has & {"count", "train_count"}:
         told = f"{column} is null or negative"
         test = f"{column} IS NULL OR {column} < 0"
         rules.append(Rule(test, told, "give the number of events", column))

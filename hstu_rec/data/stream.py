@@ -276,13 +276,20 @@ def check_frequent(dataset: Sequences, least: int) -> None:
 
 
 def eval_batches(
-    dataset: Sequences, split: Split, max_history_len: int, batch_users: int
+    dataset: Sequences,
+    split: Split,
+    max_history_len: int,
+    batch_users: int,
+    chosen_places: np.ndarray | None = None,
 ) -> Iterator[EvalBatch]:
     """This rank's queries, as many batches on every rank (the last ones may be empty).
 
-    Validation histories end before the validation item; test histories include it.
+    Validation histories end before the validation item; test histories include it. chosen_places: int64,
+    which of `eval_users` alone.
     """
     users, target_places = eval_users(dataset, split)
+    if chosen_places is not None:
+        users, target_places = users[chosen_places], target_places[chosen_places]
     ranks, rank = distributed.world_size(), distributed.rank()
     mine, ends = (np.array_split(one, ranks)[rank] for one in (users, target_places))
     longest = -(-len(users) // ranks)

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from hstu_rec import distributed, tracking
 from hstu_rec.data.dataset import MAX_ITEMS, by_count, offsets_of
 from hstu_rec.data.hashes import mixed, stream, uniform
 from hstu_rec.data.zipf_catalogue import PowerLaw, ZipfCatalogue
@@ -109,6 +110,19 @@ class SyntheticDataset:
         for begin in range(0, self.num_users, size):
             yield np.arange(begin, min(begin + size, self.num_users))
 
+    def told_chunks(self, what: str) -> Iterator[np.ndarray]:
+        """`chunks`, with a bar on the main process where the work on them is long."""
+        with tracking.bar(
+            self.num_users,
+            what,
+            "user",
+            is_shown=distributed.is_main(),
+            after_s=tracking.BAR_AFTER_S,
+        ) as bar:
+            for users in self.chunks():
+                yield users
+                bar.update(len(users))
+
     @cached_property
     def stats(self) -> dict[str, Any]:
         """Statistics like those of a prepared folder, and the configuration."""
@@ -155,6 +169,10 @@ class SyntheticDataset:
         has_names = self.config.own_ids == "string"
         return names("i", items, self.num_items) if has_names else pa.array(items)
 
+    def labels(self, items: np.ndarray) -> list[dict[str, Any]]:
+        """Own id of each, "item_id"."""
+        return [{"item_id": own} for own in self.own_item_ids(items).to_pylist()]
+
     def own_user_ids(self, users: np.ndarray) -> pa.Array:
         """Own ids of these users."""
         has_names = self.config.own_ids == "string"
@@ -164,7 +182,7 @@ class SyntheticDataset:
     def train_counts(self) -> np.ndarray:
         """int64 [N]: events of each item in the training part. All histories are made for it, once."""
         counts = np.zeros(self.num_items, dtype=np.int64)
-        for users in self.chunks():
+        for users in self.told_chunks("counting items"):
             items, _, _ = self.gather(users, np.zeros_like(users), self.train_ends[users])
             np.add.at(counts, items, 1)
         return counts
@@ -272,7 +290,7 @@ def event_table(users: Any, items: Any, timestamps: np.ndarray) -> pa.Table:
 def event_tables(config: SyntheticConfig) -> Iterator[pa.Table]:
     """All events of `SyntheticDataset`, user by user in time order, some users at a time."""
     dataset = SyntheticDataset(config)
-    for users in dataset.chunks():
+    for users in dataset.told_chunks("making events"):
         lengths = dataset.lengths[users]
         items, timestamps, _ = dataset.gather(users, np.zeros_like(users), lengths)
         owners = dataset.own_user_ids(np.repeat(users, lengths))

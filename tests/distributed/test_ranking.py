@@ -136,7 +136,7 @@ def rank_everything(dataset_path):
         "rows": [len(my_part(make_case(name), [0] * 9)[1].rows) for name in SIZES],
         "no queries": [ranks.tolist() for ranks in rank_targets(empty, shard, chunk_of(6))],
         "errors": errors_on_one_rank(),
-        "baselines": baseline_metrics(Dataset(dataset_path), "test", KS),
+        "baselines": baseline_metrics(Dataset(dataset_path), "test", KS, with_groups=True),
     }
 
 
@@ -209,5 +209,5 @@ def test_what_is_wrong_on_one_rank_raises_on_all(found):
 
 @pytest.mark.fault("R21")
 def test_baselines_of_five_users_do_not_depend_on_the_number_of_ranks(found, dataset):
-    expected = baseline_metrics(dataset, "test", KS)
+    expected = baseline_metrics(dataset, "test", KS, with_groups=True)
     assert [result["baselines"] for result in found] == [expected] * len(found)

@@ -90,10 +90,14 @@ def test_all_ranks_end_when_one_does_not_find_the_run(run):
         assert "nowhere is no run folder: it does not exist" in sentence
 
 
-def test_evaluate_prints_figures_over_frequent_targets_too(run, capsys):
+def test_evaluate_prints_the_table_or_json_with_figures_over_frequent_targets_too(run, capsys):
     script = runpy.run_path(str(Path(__file__).parents[2] / "apps" / "evaluate.py"))
-    script["main"]([str(run[0]), "eval.min_train_count=6", "train.device=cpu"])
-    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    given = [str(run[0]), "eval.min_train_count=6", "train.device=cpu"]
+    script["main"](given)
+    table = capsys.readouterr().out
+    assert "{" not in table and "model, 6+ events" in table
+    script["main"]([*given, "json=true"])
+    printed = json.loads(capsys.readouterr().out)
     assert printed["test"] == run[1]["test"] and printed["valid"] == run[1]["valid"]
     frequent = printed["frequent"]
     assert frequent["min_train_count"] == 6 and 0 < frequent["num_targets"] < 41
