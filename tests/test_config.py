@@ -30,6 +30,7 @@ from hstu_rec.data.synthetic import SyntheticConfig
 from hstu_rec.evaluator import EvalConfig
 from hstu_rec.export import ExportConfig
 from hstu_rec.planning import PlannedRun
+from hstu_rec.ranker.training import RankRunConfig
 from hstu_rec.recommending import RecommendConfig
 from hstu_rec.settings import hints_of
 
@@ -365,6 +366,7 @@ def run_help(app: str, *words: str) -> str:
 HELP_OF = {
     "train": RunConfig, "evaluate": EvalConfig, "prepare": PrepareConfig, "export": ExportConfig,
     "recommend": RecommendConfig, "plan": PlannedRun, "make_events": SyntheticConfig,
+    "train_ranker": RankRunConfig,
 }  # fmt: skip
 
 
@@ -402,7 +404,8 @@ def test_every_key_of_a_run_is_documented() -> None:
     sorted(p.name for p in CONFIGS.glob("*.yaml") if p.name != "published.yaml"),
 )
 def test_every_configuration_in_the_tree_is_valid(name: str) -> None:
-    assert load(RunConfig, [str(CONFIGS / name)]).name == Path(name).stem
+    schema = RankRunConfig if name.endswith("_ranker.yaml") else RunConfig
+    assert load(schema, [str(CONFIGS / name)]).name == Path(name).stem
 
 
 @pytest.mark.parametrize(
