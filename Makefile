@@ -34,7 +34,7 @@ lint: .venv/.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/.dev
+types: .venv/.docs
 	$(BIN)/pyright
 
 docs: .venv/.docs

@@ -90,7 +90,18 @@ def test_a_commit_is_held_against_what_lint_and_types_run() -> None:
     (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert local["repo"] == "local"  # nothing is fetched
     done = subprocess.run(
-        ["make", "-n", "-o", ".venv/.stamp", "-o", ".venv/.dev", "lint", "types"],
+        [
+            "make",
+            "-n",
+            "-o",
+            ".venv/.stamp",
+            "-o",
+            ".venv/.dev",
+            "-o",
+            ".venv/.docs",
+            "lint",
+            "types",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

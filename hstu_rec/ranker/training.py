@@ -31,6 +31,7 @@ from hstu_rec.ranker.model import PooledHistory, RankerConfig, RankingModel, hea
 from hstu_rec.ranker.scoring import binary_metrics
 from hstu_rec.ranker.windows import RankDataConfig, Scored, Windows
 from hstu_rec.settings import at_least
+from hstu_rec.trackers import TrackingConfig, check_installed
 from hstu_rec.tracking import Tracker
 from hstu_rec.versions import versions
 
@@ -75,6 +76,7 @@ class RankRunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     train: RankTrainConfig = field(default_factory=RankTrainConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def problems(self) -> list[str]:
         """Problems between sections."""
@@ -103,6 +105,7 @@ def train_ranker(config: RankRunConfig) -> dict[str, Any]:
     made_with = versions()
     with distributed.process_group(config.train.device) as device:
         hosts.check_alike("the settings", leaves(config), "give every process the same")
+        hosts.on_main(lambda: check_installed(config.tracking.to))
         datasets: list[Dataset] = []
         hosts.together(lambda: datasets.append(Dataset(config.data.path)))
         (dataset,) = datasets
@@ -112,11 +115,12 @@ def train_ranker(config: RankRunConfig) -> dict[str, Any]:
         hosts.make_shared(folder, "train.run_dir")
         with (
             lock.only_run_in(folder),
-            Tracker(folder, distributed.is_main()) as tracker,
+            Tracker(folder, distributed.is_main(), config.tracking) as tracker,
             Saver(folder / "checkpoints", CheckpointConfig(keep=1)) as saver,
         ):
             hosts.on_main(lambda: save(config, folder / "config.yaml"))
             hosts.on_main(lambda: keep_item_map(dataset.path, folder))
+            hosts.on_main(lambda: tracker.begin(folder.name, leaves(config)))
             tracker.say(_opening(config, learner, folder))
             began = time.monotonic()
             epochs = _train(learner, saver, folder, tracker)
@@ -133,6 +137,7 @@ def train_ranker(config: RankRunConfig) -> dict[str, Any]:
                 "timing": {"train_s": round(train_s, 1)} | epochs,
                 "versions": made_with,
             }
+            tracker.summarise(_flat(result["test"]))
         if distributed.is_main():
             _write(folder, result, config)
             print(f"\n{table_of(result)}\n\nrun folder: {folder}", flush=True)
@@ -264,6 +269,12 @@ def _train(learner: RankLearner, saver: Saver, folder: Path, tracker: Tracker) -
             if epoch - best_epoch >= settings.patience:
                 break
     return {"best_epoch": best_epoch, "num_epochs": epoch, "num_steps": step}
+
+
+def _flat(figures: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Those that are there, by task/name."""
+    named = {f"{task}/{name}": one[name] for task, one in figures.items() for name in FIGURES}
+    return {name: one for name, one in named.items() if one is not None}
 
 
 def _mean_auc(figures: dict[str, dict[str, Any]]) -> float:
