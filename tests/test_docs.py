@@ -46,7 +46,8 @@ NOT_TRIED = {
 # Sections whose blocks are indented.
 INDENTED = {
     "Path of the data": "a drawing",
-    "Sharing a model": "a command, a format; docs/serving.md runs the same",
+    "Over HTTP": "another environment, a server and its answer; tests/test_serve.py asks one",
+    "Smaller, faster, elsewhere": "a program of 1000 users; tests/test_program.py runs one",
 }
 # Commands that are run as they stand, on made events; training is run for an epoch by one process.
 IS_RUN = {"prepare", "train", "evaluate", "recommend", "export"}
