@@ -24,6 +24,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 import hstu_rec
+from hstu_rec.answers import ServeConfig
 from hstu_rec.benchmarks import MEASURES
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.check import CheckConfig
@@ -61,6 +62,7 @@ SETTINGS_OF = {
     "plan": (0, PlannedRun),
     "prepare": (2, PrepareConfig),
     "export": (2, ExportConfig),
+    "serve": (1, ServeConfig),
     "recommend": (3, RecommendConfig),
 }
 
