@@ -13,7 +13,7 @@ from typing import Any
 
 from hstu_rec import distributed
 from hstu_rec.config import RunConfig, help_text, load, run_app
-from hstu_rec.report import metric_table
+from hstu_rec.report import summary
 from hstu_rec.runs import MEASURING_KEYS
 from hstu_rec.trainer import evaluate_run
 
@@ -38,12 +38,13 @@ def main(arguments: list[str]) -> None:
     is_json = load(Shown, wishes).json
     result = evaluate_run(Path(arguments[0]), overrides)
     if distributed.launched_rank() == 0:
-        print(json.dumps(_printed(result)) if is_json else metric_table(result), flush=True)
+        print(json.dumps(_printed(result)) if is_json else summary(result), flush=True)
 
 
 def _printed(result: dict[str, Any]) -> dict[str, Any]:
-    """Validation and test, and with eval.min_train_count the test over frequent targets alone."""
-    printed = {part: result[part] for part in ("valid", "test")}
+    """Figures of validation and test, and what the settings of eval.* add."""
+    shown = ("valid", "test", "groups", "recommended", "examples")
+    printed = {part: result[part] for part in shown if part in result}
     protocol = result["protocol"]
     if least := protocol.get("min_train_count"):
         printed["frequent"] = {

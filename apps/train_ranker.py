@@ -7,7 +7,8 @@
 """
 
 from hstu_rec.config import help_text, load, run_app
-from hstu_rec.ranker.training import RankRunConfig, train_ranker
+from hstu_rec.ranker.config import RankRunConfig
+from hstu_rec.ranker.training import train_ranker
 
 
 def main(arguments: list[str]) -> None:

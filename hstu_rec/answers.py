@@ -138,7 +138,13 @@ def _answered(
 def sentence(error: Exception) -> str:
     """What is wrong with a request; of a pydantic error, its first five places."""
     told = getattr(error, "errors", lambda: [])()
-    places = [f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in told]
+    places = []
+    for one in told:
+        where = ".".join(str(part) for part in one["loc"][1:] if one["type"] != "json_invalid")
+        what = one["msg"].removeprefix("Value error, ")
+        if one["type"] in ("json_invalid", "model_attributes_type"):
+            what = "give an object of JSON, with the header Content-Type: application/json"
+        places.append(f"{where}: {what}" if where else what)
     return "; ".join(places[:5]) or str(error)
 
 

@@ -159,6 +159,10 @@ def _rows_of_run(
         )
     result = json.loads(path.read_text(encoding="utf-8"))
     there = result["protocol"]
+    if "use_query_time" not in there:
+        raise ValueError(
+            f"eval.compare_with: {folder} is no run of apps/train.py; give one, or leave it out"
+        )
     changed = [
         name
         for name, value in facts.items()

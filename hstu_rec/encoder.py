@@ -33,7 +33,7 @@ class EncodedHistory:
     offsets: Tensor
     """int64 [B+1]."""
     timestamps: Tensor | None
-    """int64 [T] in s; None where the encoder uses no times."""
+    """int64 [T] in s; None without a time bias."""
     layers: list[KeysAndValues]
     """Of each layer, keys [H, T, A] and values [H, T, V]."""
 
@@ -42,6 +42,35 @@ class EncodedHistory:
         layers = [(keys.to(device), values.to(device)) for keys, values in self.layers]
         times = None if self.timestamps is None else self.timestamps.to(device)
         return EncodedHistory(self.offsets.to(device), times, layers)
+
+
+def check_candidates(
+    num_candidates: Tensor, at: Tensor | None, num_users: int, num_rows: int
+) -> None:
+    """Raises ValueError unless both are int64 [num_users], the first of `num_rows` candidates in all."""
+    for name, given in (("num_candidates", num_candidates), ("at", at)):
+        if given is not None and (given.dtype, given.shape) != (torch.int64, (num_users,)):
+            raise ValueError(
+                f"{name} must be int64 [{num_users}], one a user of the history; got {given.dtype} "
+                f"{[*given.shape]}"
+            )
+    if num_users and num_candidates.min() < 0:
+        raise ValueError(f"num_candidates must be at least 0; got {int(num_candidates.min())}")
+    if int(num_candidates.sum()) != num_rows:
+        raise ValueError(
+            f"num_candidates tells of {int(num_candidates.sum())} candidates in all; got {num_rows}"
+        )
+
+
+def _check_after(offsets: Tensor, timestamps: Tensor, at: Tensor) -> None:
+    has_events = offsets.diff() > 0
+    newest = timestamps[offsets[1:][has_events] - 1]
+    is_before = at[has_events] < newest
+    if is_before.any():
+        raise ValueError(
+            f"at must not be before the newest event of a user; got {int(at[has_events][is_before][0])} s, "
+            f"and an event at {int(newest[is_before][0])}"
+        )
 
 
 def _check_events(offsets: Tensor, *times: Tensor | None) -> None:
@@ -241,7 +270,8 @@ class HSTUEncoder(nn.Module):
             assert isinstance(layer, HSTULayer)
             x, k, v = layer.of_history(x, offsets, layout)
             past.append((k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()))
-        return EncodedHistory(offsets, timestamps, past)
+        times = timestamps if self.config.use_time_bias else None
+        return EncodedHistory(offsets, times, past)
 
     @torch.no_grad()
     def encode_candidates(
@@ -257,24 +287,19 @@ class HSTUEncoder(nn.Module):
             history: of the B users, by `encode_history` of these weights.
             at: int64 [B] in s, the times of the requests; needed with `use_time_bias` or a calendar.
 
-        Raises ValueError for sizes that do not fit, times that are missing, and in training mode.
+        Raises ValueError for sizes that do not fit, times that are missing or before a user's newest event,
+        and in training mode.
         """
         self._check_mode("encode_candidates")
-        num_users = len(history.offsets) - 1
-        for name, given in (("num_candidates", num_candidates), ("at", at)):
-            if given is not None and (given.dtype, given.shape) != (torch.int64, (num_users,)):
-                raise ValueError(
-                    f"{name} must be int64 [{num_users}], one a user of the history; got {given.dtype} "
-                    f"{[*given.shape]}"
-                )
-        if num_users and num_candidates.min() < 0:
-            raise ValueError(f"num_candidates must be at least 0; got {int(num_candidates.min())}")
-        self._check_width(x, int(num_candidates.sum()), "the sum of num_candidates")
+        check_candidates(num_candidates, at, len(history.offsets) - 1, len(x))
+        self._check_width(x, len(x), "the sum of num_candidates")
         if at is None and (self.config.use_time_bias or self.config.calendar != "none"):
             raise ValueError(
                 "this encoder uses times: give at (int64 [B], s), those of the requests"
             )
         times = history.timestamps if self.config.use_time_bias else None
+        if times is not None and at is not None:
+            _check_after(history.offsets, times, at)
         layout = candidate_layout(history.offsets, num_candidates, times, at, self.config.window)
         lengths = history.offsets.diff().clamp(max=self.config.max_history_len - 1)
         place, now = (

@@ -96,7 +96,7 @@ class ItemIndex:
         self, queries: Tensor, catalogue: Catalogue, num_best: int, seen: Seen
     ) -> tuple[Tensor, Tensor]:
         """As `hstu_rec.scores.best_items`, of what the index finds and of `seen`: scores are exact, items
-        that the index does not find are missing; where it finds fewer, scores are -inf."""
+        that the index does not find are missing."""
         num_items, dim = catalogue.shard.rows.shape
         num_best, num_seen = min(num_best, num_items), torch.bincount(seen.owners, minlength=1)
         depth = min(num_best + int(num_seen.max()), num_items)
@@ -115,8 +115,7 @@ class ItemIndex:
         """int64 [Q, m] items, rising, once each; -1 for none."""
         # Of torch's number, which a server may have set.
         _faiss().omp_set_num_threads(torch.get_num_threads())
-        _, found = self._index.search(queries.contiguous().numpy(), depth)
-        found = torch.from_numpy(found)
+        found = self._found(queries, depth)
         counts = torch.bincount(seen.owners, minlength=len(queries))
         if len(seen.owners) and seen.added > -torch.inf:
             order = seen.owners.argsort(stable=True)
@@ -127,6 +126,18 @@ class ItemIndex:
         found = found.sort(1).values
         is_again = found[:, 1:] == found[:, :-1]
         found[:, 1:][is_again] = -1
+        return found
+
+    def _found(self, queries: Tensor, depth: int) -> Tensor:
+        """int64 [Q, depth] items; of ivf, cells are added for queries whose cells hold fewer."""
+        _, found = self._index.search(queries.contiguous().numpy(), depth)
+        found, num_probed = torch.from_numpy(found), self.num_probed
+        while num_probed < self.num_cells and (is_short := (found < 0).any(1)).any():
+            num_probed = min(2 * num_probed, self.num_cells)
+            parameters = _faiss().SearchParametersIVF(nprobe=num_probed)
+            again = queries[is_short].contiguous().numpy()
+            _, more = self._index.search(again, depth, params=parameters)
+            found[is_short] = torch.from_numpy(more)
         return found
 
 

@@ -149,7 +149,7 @@ class Recommender:
         with distributed.process_group(self._config().train.device):
             root = hosts.on_main(lambda: self._folder_of(folder))
             data, run = root / "data", root / "run"
-            hosts.on_main(lambda: _prepare(events, data, columns, prepare_settings or {}))
+            hosts.on_main(lambda: _prepare_in(root, events, columns, prepare_settings or {}))
             config = self._config(data, run)
             self.result: dict[str, Any] = train(config)
             hosts.together(lambda: self._take(_served(run), columns, Dataset(data)))
@@ -322,6 +322,25 @@ def _columns(user: str, item: str, time: str) -> Columns:
 def _is_table(value: Any) -> bool:
     """Whether it has columns, and is no list of ids."""
     return isinstance(value, Mapping) or hasattr(value, "columns")
+
+
+def _prepare_in(root: Path, events: Any, columns: Columns, settings: Mapping[str, Any]) -> None:
+    """Makes `root`/data, or leaves it where a run of the same events is there. Raises ValueError for a run of
+    others, of which nothing is changed."""
+    data, made = root / "data", root / "data.new"
+    _prepare(events, made, columns, settings)
+    if (root / "run").exists() and data.exists():
+        is_same = Dataset(made).identity == Dataset(data).identity
+        shutil.rmtree(made)
+        if not is_same:
+            raise ValueError(
+                f"folder={root} holds a fit to other events, or to the same prepared otherwise; give another "
+                "folder, or remove this one"
+            )
+        return
+    if data.exists():
+        shutil.rmtree(data)
+    made.rename(data)
 
 
 def _prepare(events: Any, data: Path, columns: Columns, settings: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
     users 0 .. 4095 --> OUT/part-00000.parquet   process 0 of 2     user_id | rank | item_id | score
     users 4096 ..   --> OUT/part-00001.parquet   process 1
-    ...                 OUT/recommendations.json what they are of; when all is there, how much
+    ...                 OUT/_recommendations.json what they are of; when all is there, how much
 
 A part appears whole. Started again, what is there is left as it is, if it is of the same model, histories and
 settings.
@@ -28,7 +28,7 @@ from hstu_rec.serving import ServingModel, load_bundle
 from hstu_rec.settings import at_least
 from hstu_rec.tracking import BAR_AFTER_S
 
-DESCRIPTION = "recommendations.json"
+DESCRIPTION = "_recommendations.json"  # by which readers of a folder of parquet pass it over
 HISTORIES = ".histories"
 
 
@@ -69,7 +69,7 @@ def recommend_all(
     model: Path, source: Path, output: Path, config: RecommendConfig
 ) -> dict[str, Any]:
     """Recommends with `model` (a run or a bundle) to the users of `source` (a prepared dataset, or event
-    files) into the folder `output`; returns what its recommendations.json holds. Collective.
+    files) into the folder `output`; returns what its _recommendations.json holds. Collective.
 
     Raises ValueError on all ranks for what cannot be read, and where `output` holds recommendations of
     another model, other histories or settings.

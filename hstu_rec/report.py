@@ -94,6 +94,17 @@ def metric_table(result: dict[str, Any]) -> str:
     return "\n".join([protocol_line(result["protocol"]), "", lines[0], rule, *lines[1:]])
 
 
+def summary(result: dict[str, Any]) -> str:
+    """`metric_table`, and what is told of lists, where there are some."""
+    lines = [metric_table(result)]
+    if lists := result.get("recommended"):
+        lines.append(
+            f"\nlists of {lists['k']} for {lists['num_users']:,} users: coverage {lists['coverage']:.1%}, "
+            f"novelty {lists['novelty']:.2f} bits (targets {lists['target_novelty']:.2f})"
+        )
+    return "\n".join(lines)
+
+
 def _check(result: Mapping[str, Any]) -> None:
     """All that is missing, in one message."""
     problems = [f"{name} is missing" for name in SECTIONS if name not in result]

@@ -22,6 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hstu_rec import trackers
+from hstu_rec.signals import Stopped
 from hstu_rec.trackers import TrackingConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -110,8 +111,9 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        self.close(has_failed=kind is not None)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # A run that is asked to stop has saved where it stands.
+        self.close(has_failed=kind is not None and not issubclass(kind, Stopped))
 
 
 class _EventFile:

@@ -82,6 +82,21 @@ def test_an_index_that_searches_everything_finds_the_best_with_seen_items_apart(
         assert found[0].equal(wanted[0]) and found[1][is_one].equal(wanted[1][is_one])
 
 
+def test_cells_are_added_until_as_many_items_are_found_as_are_asked_for():
+    torch.manual_seed(3)
+    rows, queries = torch.randn(500, 6), nn.functional.normalize(torch.randn(40, 6))
+    catalogue = Catalogue.of(ItemShard(rows, 0, 500, nn.functional.normalize))
+    index = ItemIndex.build("ivf", catalogue.shard)  # of cells that hold about five
+    owners = torch.arange(40).repeat_interleave(30)
+    seen = Seen(owners, torch.randint(0, 500, (1200,)), -torch.inf)
+    for num_best in (1, 60, 400):
+        scores, _ = index.best_items(queries, catalogue, num_best, seen)
+        assert scores.isfinite().all() and index.num_probed == 1
+    scores, _ = index.best_items(queries, catalogue, 500, seen)
+    left = 500 - torch.tensor([len(seen.items[owners == user].unique()) for user in range(40)])
+    assert scores.isfinite().sum(1).equal(left)
+
+
 def test_an_exact_index_recommends_what_all_scores_do(exact, run):
     told = about(exact)["index"]
     assert told["kind"] == "exact" and told["recall@10"] == 1 and told["users"] == NUM_USERS

@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_told():
         ((x, counts[:4], history, at), r"num_candidates must be int64 \[5\], .* got torch.int64"),
         ((x, counts.float(), history, at), "got torch.float32"),
         ((x, counts, history, at[:2]), r"at must be int64 \[5\]"),
-        ((x[1:], counts, history, at), r"x must be \[11, 16\], the sum of num_candidates by dim"),
+        ((x[1:], counts, history, at), r"num_candidates tells of 11 candidates in all; got 10"),
         ((x, counts - 1, history, at), "num_candidates must be at least 0; got -1"),
     ]:
         with pytest.raises(ValueError, match=told):

@@ -30,7 +30,7 @@ from hstu_rec.data.synthetic import SyntheticConfig
 from hstu_rec.evaluator import EvalConfig
 from hstu_rec.export import ExportConfig
 from hstu_rec.planning import PlannedRun
-from hstu_rec.ranker.training import RankRunConfig
+from hstu_rec.ranker.config import RankRunConfig
 from hstu_rec.recommending import RecommendConfig
 from hstu_rec.settings import hints_of
 

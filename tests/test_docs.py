@@ -32,7 +32,7 @@ from hstu_rec.data.prepare import PrepareConfig
 from hstu_rec.export import ExportConfig
 from hstu_rec.planning import PlannedRun
 from hstu_rec.quality import QualitySettings
-from hstu_rec.ranker.training import RankRunConfig
+from hstu_rec.ranker.config import RankRunConfig
 from hstu_rec.recommending import RecommendConfig
 
 ROOT = Path(__file__).parent.parent

@@ -115,6 +115,14 @@ def test_rows_without_a_feature_can_be_dropped(tmp_path):
     assert data.stats["dropped"] == {"unreadable stars": 1} and data.num_events == 199
 
 
+def test_texts_that_look_like_no_number_are_texts(tmp_path):
+    device = ["NA", "none"] * 100
+    data = prepared(tmp_path, events(device=device), "csv")
+    assert data.stats["features"]["device"] == {"values": ["NA", "none"]}
+    stars = data.stats["features"]["stars"]
+    assert (stars["is_whole"], stars["max"]) == (False, 4.0)
+
+
 def test_a_column_of_too_many_texts_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(features_module, "MAX_VALUES", 2)
     with pytest.raises(ValueError, match="'device' holds 3 different texts, more than 2"):

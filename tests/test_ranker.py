@@ -18,10 +18,12 @@ from hstu_rec.data.prepare import PrepareConfig, prepare
 from hstu_rec.encoder import HSTUEncoder
 from hstu_rec.encoder_config import EncoderConfig
 from hstu_rec.item_table import local_shards
+from hstu_rec.ranker.config import RankRunConfig
 from hstu_rec.ranker.features import EventFeatures, Feature, Task, features_of
+from hstu_rec.ranker.loading import load_ranker
 from hstu_rec.ranker.model import PooledHistory, RankBatch, RankerConfig, RankingModel, head_of
 from hstu_rec.ranker.scoring import binary_metrics, grouped_auc
-from hstu_rec.ranker.training import RankLearner, RankRunConfig, train_ranker
+from hstu_rec.ranker.training import RankLearner, train_ranker
 from hstu_rec.ranker.windows import Windows
 from tests.ranks import run_ranks
 
@@ -108,6 +110,27 @@ def test_a_candidate_is_scored_as_the_next_event_would_be(kind):
         torch.testing.assert_close(found[place], model(one)[-1].sigmoid(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["hstu", "pooled"])
+def test_wrong_candidates_are_told_by_both_histories(kind):
+    model, batch = made_model(kind), made_batch((5, 2))
+    history = model.encode_history(batch)
+    items, at = torch.tensor([1, 2]), torch.tensor([10**6, 10**6])
+    context = {"price": torch.ones(2)}
+    for counts, told in [([1, 2], "tells of 3 candidates in all; got 2"), ([3, -1], "got -1")]:
+        with pytest.raises(ValueError, match=told):
+            model.score_candidates(items, torch.tensor(counts), history, at, context)
+    with pytest.raises(ValueError, match=r"at must be int64 \[2\]"):
+        model.score_candidates(items, torch.tensor([1, 1]), history, at[:1], context)
+    if kind == "hstu":
+        with pytest.raises(ValueError, match="has 8 events; candidates come after 7 at most"):
+            model.encode_history(made_batch((8,)))
+    model.train()
+    with pytest.raises(ValueError, match="score_candidates is for serving"):
+        model.score_candidates(items, torch.tensor([1, 1]), history, at, context)
+    with pytest.raises(ValueError, match="encode_history is for serving"):
+        model.encode_history(batch)
+
+
 def test_features_are_told_what_they_may_be():
     features = EventFeatures([Feature("rating", 6), Feature("price", 0, 1.0, 4.0)], DIM)
     rows = torch.zeros(2, DIM)
@@ -134,12 +157,15 @@ def test_features_are_told_what_they_may_be():
 
 
 def test_columns_and_tasks_are_held_against_the_dataset():
-    facts = {"stars": {"min": 0.5, "max": 5.0, "mean": 3.0}, "kind": {"values": ["buy", "view"]}}
+    stars = {"min": 1.0, "max": 5.0, "mean": 3.0, "deviation": 1.5, "is_whole": True}
+    facts = {"stars": stars, "kind": {"values": ["buy", "view"]}}
     assert features_of(["stars", "kind"], ["stars"], facts) == [
         Feature("stars", 6),
         Feature("kind", 2),
     ]
-    assert features_of(["stars"], [], facts) == [Feature("stars", 0, 3.0, 2.5)]
+    assert features_of(["stars"], [], facts) == [Feature("stars", 0, 3.0, 1.5)]
+    with pytest.raises(ValueError, match="'stars' is from 1 to 5, with fractions; categories are"):
+        features_of(["stars"], ["stars"], facts | {"stars": stars | {"is_whole": False}})
     for names, categories, told in [
         (["star"], [], "no feature 'star' .*has stars, kind.*feature_columns=.star"),
         (["stars"], ["kind"], "ranker.categories kind is none of the columns that are used: stars"),
@@ -169,6 +195,11 @@ def test_columns_and_tasks_are_held_against_the_dataset():
         ),
         (["encoder.query_time=next"], "query_time must be own"),
         (["table.init=co_occurrence"], "no effect on a ranker"),
+        (["encoder.calendar=day"], "encoder.calendar must be none"),
+        (
+            ["ranker.history=pooled", "encoder.num_layers=9"],
+            "num_layers has no effect with ranker.history=pooled",
+        ),
     ]:
         with pytest.raises(ValueError, match=told):
             load(RankRunConfig, settings)
@@ -289,6 +320,45 @@ def test_a_rule_that_the_history_alone_tells_is_learned(tmp_path):
     assert "rating>=4  test" in report and (tmp_path / "run" / "checkpoints" / "best").is_file()
     with pytest.raises(ValueError, match="is there and not empty"):
         train_ranker(load(RankRunConfig, settings))
+    check_loaded(tmp_path / "run", Dataset(tmp_path / "data"))
+
+
+def check_loaded(run, data):
+    """A run is loaded without a process group, and scores what comes after each user's training events."""
+    ranker = load_ranker(run)
+    assert ranker.tasks == ["rating>=4"] and ranker.items.ids.to_pylist() == list(range(20))
+    users, none = np.arange(data.num_users), np.zeros(data.num_users, dtype=np.int64)
+    begins, ends = data.valid_ends - 9, data.valid_ends
+    items, times, offsets = data.gather(users, begins, ends)
+    history = RankBatch(
+        *map(torch.from_numpy, (items, times, offsets)),
+        context={},
+        outcomes={"rating": torch.from_numpy(data.features(users, begins, ends)["rating"])},
+    )
+    wanted, at, _ = data.gather(users, ends, ends + 1)
+    liked = data.features(users, ends, ends + 1)["rating"] >= 4
+    found = ranker.model.score_candidates(
+        torch.from_numpy(wanted),
+        torch.from_numpy(none + 1),
+        ranker.model.encode_history(history),
+        torch.from_numpy(at),
+    )
+    assert grouped_auc(found[:, 0].numpy(), liked.astype(float), none)[0] > 0.97
+    kept = (run / "features.json").read_text()
+    (run / "features.json").write_text(kept.replace('"item_map_hash": "', '"item_map_hash": "0'))
+    with pytest.raises(ValueError, match="does not hold the items that were trained on"):
+        load_ranker(run)
+    (run / "features.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"features\.json missing"):
+        load_ranker(run)
+
+
+def test_a_task_of_one_label_is_told_before_training(tmp_path):
+    likes(tmp_path, 10, 30)
+    settings = [*SMALL, f"data.path={tmp_path}/data", f"train.run_dir={tmp_path}/run"]
+    with pytest.raises(ValueError, match="all labels of the 30 validation events are the same"):
+        train_ranker(load(RankRunConfig, [*settings, "ranker.tasks=[rating>=4,rating>=0]"]))
+    assert not (tmp_path / "run").exists()
 
 
 def losses_and_figures(path, history):

@@ -92,7 +92,7 @@ def test_what_is_there_is_left_and_what_is_missing_is_made(fitted, tmp_path):
         one.name for one in output.glob("part-*") if times.get(one.name) != one.stat().st_mtime_ns
     ]
     assert changed == ["part-00003.parquet"] or sorted(changed)[:1] == ["part-00003.parquet"]
-    assert json.loads((output / "recommendations.json").read_text())["done"]["users_made"] == 16
+    assert json.loads((output / "_recommendations.json").read_text())["done"]["users_made"] == 16
     with pytest.raises(ValueError, match="holds recommendations of another settings; remove it"):
         recommended(run, data, output, "part_users=16", "k=3")
     (tmp_path / "mine").mkdir()
@@ -122,7 +122,7 @@ def test_event_files_and_a_bundle_do_as_well(fitted, tmp_path):
     known = events.rename_columns(["user_id", "item_id", "timestamp"])
     with pytest.warns(UserWarning, match="new"):
         assert rows_of(found) == rows_of(model.recommend(known, k=2))
-    done = json.loads((tmp_path / "out" / "recommendations.json").read_text())["done"]
+    done = json.loads((tmp_path / "out" / "_recommendations.json").read_text())["done"]
     assert (done["users"], done["users_without"], done["rows"]) == (2, 1, 4)
 
 

@@ -146,8 +146,8 @@ def test_candidates_unknown_items_and_users_without_known_ones_are_answered(url)
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        (b"{", "JSON decode error"),
-        ([1], "valid dictionary"),
+        (b"{", "give an object of JSON"),
+        ([1], "give an object of JSON"),
         ({}, "item_ids: Field required; timestamps: Field required"),
         (GOOD | {"kk": 3}, "kk: Extra inputs"),
         (GOOD | {"k": 0}, "k: Input should be greater than or equal to 1"),

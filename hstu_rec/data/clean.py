@@ -313,7 +313,7 @@ def _feature_column(connection: duckdb.DuckDBPyConnection, staged: Staged, role:
     if kind in ("TEXT", "JSON"):
         text = f"nullif(trim({_text(staged, role)}), '')"
         count, _, num_numbers = _profile(connection, staged, role)
-        if num_numbers < count:
+        if num_numbers < count or not num_numbers:
             return _Column(value=text, kind="VARCHAR")
         value = f"TRY_CAST({text} AS DOUBLE)"
     number = f"CAST({value} AS DOUBLE)"

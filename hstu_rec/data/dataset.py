@@ -169,8 +169,10 @@ class Dataset:
 
     @property
     def facts(self) -> dict[str, int | float | str]:
-        """The statistics that are single values."""
-        return {k: v for k, v in self.stats.items() if isinstance(v, int | float | str)}
+        """The statistics that are single values, and the split in words."""
+        split = " ".join(str(value) for value in self.stats.get("split", {}).values())
+        single = {k: v for k, v in self.stats.items() if isinstance(v, int | float | str)}
+        return single | {"split": split}
 
     @cached_property
     def identity(self) -> dict[str, Any]:

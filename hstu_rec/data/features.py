@@ -45,8 +45,8 @@ def number_texts(connection: duckdb.DuckDBPyConnection, roles: dict[str, str]) -
 
 
 def facts_of(connection: duckdb.DuckDBPyConnection, roles: dict[str, str]) -> dict[str, Any]:
-    """What stats.json tells of the features of the table `events`, by name: the values of texts, or the
-    least, the largest and the mean of numbers."""
+    """What stats.json tells of the features of the table `events`, by name: the values of texts; of numbers
+    the least, the largest, mean and deviation, and whether all are whole."""
     tables = {name for (name, *_) in connection.execute("SHOW TABLES").fetchall()}
     found: dict[str, Any] = {}
     for role, name in roles.items():
@@ -54,6 +54,11 @@ def facts_of(connection: duckdb.DuckDBPyConnection, roles: dict[str, str]) -> di
             values = connection.execute(f"SELECT value FROM values_{role} ORDER BY place")
             found[name] = {"values": [value for (value,) in values.fetchall()]}
         else:
-            marks = row(connection, f"SELECT min({role}), max({role}), avg({role}) FROM events")
-            found[name] = dict(zip(("min", "max", "mean"), marks, strict=True))
+            marks = row(
+                connection,
+                f"SELECT min({role}), max({role}), avg({role}), stddev_pop({role}), "
+                f"bool_and({role} = floor({role})) FROM events",
+            )
+            names = "min", "max", "mean", "deviation", "is_whole"
+            found[name] = dict(zip(names, marks, strict=True))
     return found

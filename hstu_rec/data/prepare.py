@@ -215,6 +215,8 @@ def _make(
         titles = {"titles": count_titles(connection)} if cleaned.has_title else {}
     assert cleaned.rows_read == tally.num_events + sum(dropped.values())
     split = dict(zip(("valid_time", "test_time"), cut, strict=True)) if cut else {}
+    if config.split == "share":
+        split = {"valid_fraction": config.valid_fraction, "test_fraction": config.test_fraction}
     return {
         "format_version": dataset.FORMAT_VERSION,
         **measured,

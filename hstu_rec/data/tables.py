@@ -41,8 +41,8 @@ class Columns:
             if (count := table.column_names.count(name)) != 1:
                 there = ", ".join(table.column_names) or "none"
                 raise ValueError(
-                    f"events need one column {name!r}; there are {count} of {there}; name the columns with "
-                    "user_column, item_column and time_column"
+                    f"events need one column {name!r}; there are {count} of {there}; name the columns, "
+                    "in fit() or load(), with user_column, item_column and time_column"
                 )
         return pa.table([table[name] for name in names], names=list(COLUMNS))
 

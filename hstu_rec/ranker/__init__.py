@@ -6,6 +6,16 @@ training   train_ranker: epochs, validation, test, report
 """
 
 from hstu_rec.ranker.features import EventFeatures, Feature
-from hstu_rec.ranker.model import CachedHistory, RankerConfig, RankingModel
+from hstu_rec.ranker.loading import TrainedRanker, load_ranker
+from hstu_rec.ranker.model import CachedHistory, RankBatch, RankerConfig, RankingModel
 
-__all__ = ["CachedHistory", "EventFeatures", "Feature", "RankerConfig", "RankingModel"]
+__all__ = [
+    "CachedHistory",
+    "EventFeatures",
+    "Feature",
+    "RankBatch",
+    "RankerConfig",
+    "RankingModel",
+    "TrainedRanker",
+    "load_ranker",
+]

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 # Of the first embeddings and weights, as the encoder's.
 INIT_STD = 0.02
+# A few numbers far from all others would drown what else is known.
+MAX_DEVIATIONS = 10.0
 # Categories of a column of numbers are 0, 1, .. up to its largest: more want a table of their own.
 MAX_CATEGORIES = 2**16
 TASK = re.compile(r"\s*([^<>=!]+?)\s*(>=|<=|==|>|<)\s*(.+?)\s*")
@@ -24,7 +26,7 @@ class Feature:
     """Values are whole numbers below this, each with a vector; 0 for a number, which scales one vector."""
     center: float = 0.0
     scale: float = 1.0
-    """Of a number, what it is lessened by and then divided by."""
+    """Of a number, what it is lessened by and then divided by; MAX_DEVIATIONS at most is left."""
 
 
 class EventFeatures(nn.Module):
@@ -57,7 +59,12 @@ class EventFeatures(nn.Module):
             if feature.num_categories:
                 total = total + vectors[self._categories(feature, given)]
             else:
+                if not given.isfinite().all():
+                    raise ValueError(
+                        f"feature '{feature.name}' must be numbers; got NaN or infinity"
+                    )
                 number = (given.to(like.dtype) - feature.center) / feature.scale
+                number = number.clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
                 total = total + number[:, None] * vectors
         return total
 
@@ -90,15 +97,15 @@ def features_of(names: list[str], categories: list[str], facts: dict[str, Any]) 
         if "values" in one:
             found.append(Feature(name, len(one["values"])))
         elif name in categories:
-            if one["min"] < 0 or one["max"] >= MAX_CATEGORIES:
+            if one["min"] < 0 or one["max"] >= MAX_CATEGORIES or not one["is_whole"]:
+                kind = "" if one["is_whole"] else ", with fractions"
                 raise ValueError(
-                    f"ranker.categories: '{name}' is from {one['min']:g} to {one['max']:g}; categories are "
-                    f"whole numbers from 0 to {MAX_CATEGORIES - 1}"
+                    f"ranker.categories: '{name}' is from {one['min']:g} to {one['max']:g}{kind}; categories "
+                    f"are whole numbers from 0 to {MAX_CATEGORIES - 1}"
                 )
             found.append(Feature(name, int(one["max"]) + 1))
         else:
-            reach = max(one["max"] - one["mean"], one["mean"] - one["min"])
-            found.append(Feature(name, 0, one["mean"], reach or 1.0))
+            found.append(Feature(name, 0, one["mean"], one["deviation"] or 1.0))
     if unknown := [name for name in categories if name not in names]:
         raise ValueError(
             f"ranker.categories {', '.join(unknown)} is none of the columns that are used: "

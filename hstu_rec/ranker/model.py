@@ -7,17 +7,18 @@ known before it (arXiv 2402.17152, section 2.2); a candidate is what is shown ne
     |-> logits of event 0                     |-> of event 1         |-> of the candidate
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from hstu_rec.encoder import EncodedHistory, HSTUEncoder
+from hstu_rec.encoder import EncodedHistory, HSTUEncoder, check_candidates
+from hstu_rec.encoder_config import EncoderConfig
 from hstu_rec.item_table import SentIds
 from hstu_rec.layer import Dropout
-from hstu_rec.ranker.features import EventFeatures, Task
+from hstu_rec.ranker.features import EventFeatures, Feature, Task
 from hstu_rec.settings import at_least
 from hstu_rec.transfer import on_device
 
@@ -97,6 +98,14 @@ class CachedHistory:
     pooled: Tensor | None
     """[B, D] with pooled."""
 
+    @property
+    def num_users(self) -> int:
+        """B."""
+        if self.encoded is not None:
+            return len(self.encoded.offsets) - 1
+        assert self.pooled is not None
+        return len(self.pooled)
+
 
 class PooledHistory(nn.Module):
     """The mean of what came of a user's earlier events beside what is shown: a history without order."""
@@ -157,7 +166,20 @@ class RankingModel(nn.Module):
 
     @torch.no_grad()
     def encode_history(self, batch: RankBatch) -> CachedHistory:
-        """What any number of candidates of the users need of these events. In evaluation mode."""
+        """What any number of candidates of the users need of these events.
+
+        An event is two tokens, and a candidate one more: histories have fewer events than half of
+        encoder.max_history_len. Raises ValueError for longer ones, and in training mode.
+        """
+        self._check_mode("encode_history")
+        if isinstance(self.history, HSTUEncoder):
+            most = self.history.config.max_history_len // 2 - 1
+            longest = int(batch.offsets.diff().max()) if len(batch.offsets) > 1 else 0
+            if longest > most:
+                raise ValueError(
+                    f"a history has {longest} events; candidates come after {most} at most, two tokens each "
+                    f"of encoder.max_history_len {self.history.config.max_history_len}; keep the newest"
+                )
         shown, after = self._events(batch, None)
         if isinstance(self.history, PooledHistory):
             return CachedHistory(None, self.history.pool(after, batch.offsets)[1])
@@ -175,9 +197,11 @@ class RankingModel(nn.Module):
         """Probabilities [C, K] of the tasks for candidates, as `forward` gives for an event of that time.
 
         item_ids: int64 [C], those of user 0 first; num_candidates: int64 [B]; at: int64 [B] in s, the times
-        of the requests; context: [C] by column. In evaluation mode. Raises ValueError as
-        HSTUEncoder.encode_candidates and EventFeatures do.
+        of the requests; context: [C] by column. Raises ValueError as HSTUEncoder.encode_candidates and
+        EventFeatures do.
         """
+        self._check_mode("score_candidates")
+        check_candidates(num_candidates, at, history.num_users, len(item_ids))
         rows = _looked_up(self.table, item_ids)
         shown = rows + self.context(context or {}, rows)
         if history.encoded is None:
@@ -187,6 +211,10 @@ class RankingModel(nn.Module):
         assert isinstance(self.history, HSTUEncoder)
         encoded = self.history.encode_candidates(shown, num_candidates, history.encoded, at)
         return self.head(encoded).sigmoid()
+
+    def _check_mode(self, name: str) -> None:
+        if self.training:
+            raise ValueError(f"{name} is for serving: call eval() first")
 
     def _events(self, batch: RankBatch, sent: SentIds | None) -> tuple[Tensor, Tensor]:
         """[T, D] of what was shown, and of the same with what came of it."""
@@ -219,3 +247,18 @@ def head_of(dim: int, head_dim: int, num_tasks: int, dropout: float) -> nn.Modul
         Dropout(dropout),
         nn.Linear(head_dim, num_tasks),
     )
+
+
+def ranking_model(
+    table: nn.Module, ranker: RankerConfig, encoder: EncoderConfig, features: Sequence[Feature]
+) -> RankingModel:
+    """The model of these settings; `features` are those of context and outcomes."""
+    by_name = {one.name: one for one in features}
+    is_hstu = ranker.history == "hstu"
+    history = HSTUEncoder(encoder) if is_hstu else PooledHistory(encoder.dim, encoder.dropout)
+    context, outcomes = (
+        EventFeatures([by_name[name] for name in names], encoder.dim)
+        for names in (ranker.context, ranker.outcome_columns())
+    )
+    head = head_of(encoder.dim, ranker.head_dim, len(ranker.tasks), encoder.dropout)
+    return RankingModel(table, history, context, outcomes, head)

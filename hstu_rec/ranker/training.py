@@ -6,7 +6,6 @@ steps over windows -> validation by AUC after every epoch, the best is kept -> t
 import json
 import math
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,84 +14,25 @@ from torch import Tensor, nn
 
 from hstu_rec import checkpoint, distributed, hosts, lock
 from hstu_rec.checkpoint import CheckpointConfig, Saver
-from hstu_rec.config import OptimConfig, leaves, save, to_yaml
+from hstu_rec.config import leaves, save, to_yaml
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.item_map import keep_item_map
 from hstu_rec.data.stream import Split
-from hstu_rec.distributed import DeviceChoice
 from hstu_rec.durable import write_file
-from hstu_rec.encoder import HSTUEncoder
-from hstu_rec.encoder_config import EncoderConfig
-from hstu_rec.guards import GuardConfig, StepGuard
-from hstu_rec.item_table import ItemTable, TableConfig, live_state, shard_model
+from hstu_rec.guards import StepGuard
+from hstu_rec.item_table import ItemTable, live_state, shard_model
 from hstu_rec.learner import rate_factor, set_table_rate
-from hstu_rec.ranker.features import EventFeatures, features_of
-from hstu_rec.ranker.model import PooledHistory, RankerConfig, RankingModel, head_of
+from hstu_rec.ranker.config import RankRunConfig
+from hstu_rec.ranker.features import features_of
+from hstu_rec.ranker.loading import write_features
+from hstu_rec.ranker.model import ranking_model
 from hstu_rec.ranker.scoring import binary_metrics
-from hstu_rec.ranker.windows import RankDataConfig, Scored, Windows
-from hstu_rec.settings import at_least
-from hstu_rec.trackers import TrackingConfig, check_installed
+from hstu_rec.ranker.windows import Scored, Windows
+from hstu_rec.trackers import check_installed
 from hstu_rec.tracking import Tracker
 from hstu_rec.versions import versions
 
 FIGURES = ("auc", "ne", "gauc")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankTrainConfig:
-    """How long a ranker trains and what it keeps."""
-
-    max_epochs: int = 40
-    """Epochs, at most."""
-    patience: int = 4
-    """Epochs without a better validation AUC, the mean over tasks, before training stops."""
-    seed: int = 1
-    """Seed of weights, windows and dropout."""
-    device: DeviceChoice = "auto"
-    """auto takes CUDA when present."""
-    run_dir: str = ""
-    """Folder of the run, which must not hold one; runs/<time>-<name> when empty."""
-    log_every_steps: int = 50
-    """Steps between rows of metrics.jsonl."""
-
-    def problems(self) -> list[str]:
-        """What is wrong with these values, a sentence each."""
-        found = at_least(self, 1, "max_epochs", "patience", "log_every_steps")
-        if not 0 <= self.seed < 2**32:
-            found.append(f"seed must be in 0..{2**32 - 1}; got {self.seed}")
-        return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankRunConfig:
-    """Everything a ranker depends on. Of `encoder`, max_history_len counts two tokens an event."""
-
-    name: str = "ranker"
-    """Name of the run, the end of its folder's name."""
-    data: RankDataConfig = field(default_factory=RankDataConfig)
-    ranker: RankerConfig = field(default_factory=RankerConfig)
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    table: TableConfig = field(default_factory=TableConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    guard: GuardConfig = field(default_factory=GuardConfig)
-    train: RankTrainConfig = field(default_factory=RankTrainConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-    def problems(self) -> list[str]:
-        """Problems between sections."""
-        found = []
-        if self.encoder.max_history_len < 4 or self.encoder.max_history_len % 2:
-            found.append(
-                "encoder.max_history_len must be even and at least 4, two tokens an event; got "
-                f"{self.encoder.max_history_len}"
-            )
-        if self.encoder.query_time != "own":
-            found.append("encoder.query_time must be own: a candidate's time is its own")
-        if self.table.init != "normal" or self.table.new_rows != TableConfig().new_rows:
-            found.append("table.init and table.new_rows have no effect on a ranker; leave them out")
-        if not self.name.strip() or "/" in self.name or self.name.startswith("."):
-            found.append(f"name must be the end of a folder's name; got {self.name!r}")
-        return found
 
 
 def train_ranker(config: RankRunConfig) -> dict[str, Any]:
@@ -111,6 +51,7 @@ def train_ranker(config: RankRunConfig) -> dict[str, Any]:
         (dataset,) = datasets
         hosts.check_alike("the data", dataset.identity, "copy the folder to all hosts, or share it")
         learner = RankLearner(config, dataset, device)
+        learner.check_labels()
         folder = hosts.on_main(lambda: _new_folder(config))
         hosts.make_shared(folder, "train.run_dir")
         with (
@@ -120,6 +61,7 @@ def train_ranker(config: RankRunConfig) -> dict[str, Any]:
         ):
             hosts.on_main(lambda: save(config, folder / "config.yaml"))
             hosts.on_main(lambda: keep_item_map(dataset.path, folder))
+            hosts.on_main(lambda: write_features(folder, learner.features, dataset.stats))
             hosts.on_main(lambda: tracker.begin(folder.name, leaves(config)))
             tracker.say(_opening(config, learner, folder))
             began = time.monotonic()
@@ -154,20 +96,13 @@ class RankLearner:
         self.config, self.device, self.dataset = config, device, dataset
         facts = dataset.stats.get("features", {})
         columns = [*ranker.context, *ranker.outcome_columns()]
-        features = {one.name: one for one in features_of(columns, ranker.categories, facts)}
+        self.features = features_of(columns, ranker.categories, facts)
         length = encoder.max_history_len // 2
         self.windows = Windows(
             dataset, ranker, length, config.data.batch_windows, config.train.seed
         )
         self.table = ItemTable(config.table, dataset.num_items, encoder.dim, device)
-        is_hstu = ranker.history == "hstu"
-        model = RankingModel(
-            self.table,
-            HSTUEncoder(encoder) if is_hstu else PooledHistory(encoder.dim, encoder.dropout),
-            EventFeatures([features[name] for name in ranker.context], encoder.dim),
-            EventFeatures([features[name] for name in ranker.outcome_columns()], encoder.dim),
-            head_of(encoder.dim, ranker.head_dim, len(ranker.tasks), encoder.dropout),
-        )
+        model = ranking_model(self.table, ranker, encoder, self.features)
         for part in (model.history, model.context, model.outcomes, model.head):
             part.to(device)
         self.dense = [one for name, one in model.named_parameters() if "table." not in name]
@@ -226,6 +161,23 @@ class RankLearner:
             for place, task in enumerate(self.config.ranker.tasks)
         }
 
+    def check_labels(self) -> None:
+        """Raises ValueError on all ranks where a split has no events, or a task one label in validation."""
+        names: tuple[Split, ...] = ("valid", "test")
+        for split in names:
+            total = torch.zeros(1 + len(self.config.ranker.tasks), dtype=torch.float64)
+            for scored in self.windows.evaluation(split):
+                labels = scored.labels[scored.is_target].double()
+                total += torch.cat([torch.tensor([len(labels)]), labels.sum(0)])
+            count, *positive = distributed.all_reduce_sum(total).tolist()
+            same = [n in (0, count) for n in positive]
+            if split == "valid" and any(same):
+                task = self.config.ranker.tasks[same.index(True)]
+                raise ValueError(
+                    f"task '{task}': all labels of the {count:,.0f} validation events are the same, so that "
+                    "no model can be chosen by it; give another task"
+                )
+
     def _set_rates(self, step: int) -> None:
         factor = rate_factor(self.config.optim, step, self.num_steps_planned)
         for group in self.optimizer.param_groups:
@@ -278,11 +230,7 @@ def _flat(figures: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def _mean_auc(figures: dict[str, dict[str, Any]]) -> float:
-    """Raises ValueError, on all ranks alike, where a task has no AUC."""
-    if none := [task for task, one in figures.items() if one["auc"] is None]:
-        raise ValueError(
-            f"task '{none[0]}': all labels of the validation events are the same; give another task"
-        )
+    """Of validation, where every task has both labels."""
     return sum(one["auc"] for one in figures.values()) / len(figures)
 
 
