@@ -155,3 +155,17 @@ def test_a_changed_file_of_features_is_refused(tmp_path):
     path.write_bytes(bytes(damaged))
     with pytest.raises(ValueError, match=r"features\.arrow: not as when stats\.json was written"):
         check(data.path)
+
+
+def test_the_newest_share_of_each_users_events_is_the_test_and_other_splits_are_other_data(
+    tmp_path,
+):
+    source = written(tmp_path, events(), "parquet")
+    options = {"split": "share", "valid_fraction": 0.2, "test_fraction": 0.3}
+    prepare(PrepareConfig(**options), source, tmp_path / "share")
+    prepare(PrepareConfig(), source, tmp_path / "last")
+    share, last = Dataset(tmp_path / "share"), Dataset(tmp_path / "last")
+    np.testing.assert_array_equal(share.valid_ends, share.lengths - share.lengths * 3 // 10)
+    np.testing.assert_array_equal(share.train_ends, share.lengths - share.lengths // 2)
+    assert share.facts["split"] == "share 0.2 0.3" and last.facts["split"] == "leave_one_out"
+    assert share.num_events == last.num_events

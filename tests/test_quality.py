@@ -44,7 +44,8 @@ if config["optim"]["lr"] == 0.5:
 (folder / "config.yaml").write_text(yaml.safe_dump(config))
 result = json.loads((Path(__file__).parent / "result.json").read_text())
 stats = json.loads((Path(config["data"]["path"]) / "stats.json").read_text())
-result["protocol"]["data"] = {k: v for k, v in stats.items() if not isinstance(v, dict)}
+split = {"split": stats["split"]["kind"]}
+result["protocol"]["data"] = {k: v for k, v in stats.items() if not isinstance(v, dict)} | split
 (folder / "result.json").write_text(json.dumps(result))
 """
 

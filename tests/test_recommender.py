@@ -150,6 +150,11 @@ def test_own_columns_moments_and_numbers_as_ids(tmp_path):
     assert again.recommend(frame, k=2).equals(answer)
     with pytest.raises(ValueError, match=r"encoder.dim was 16 and is 8"):
         Recommender(**SMALL | {"dim": 8}).fit(frame, **columns, folder=tmp_path / "kept")
+    stats = (tmp_path / "kept" / "data" / "stats.json").read_bytes()
+    with pytest.raises(ValueError, match="holds a fit to other events, or to the same prepared"):
+        Recommender(**SMALL).fit(frame[:-9], **columns, folder=tmp_path / "kept")
+    assert (tmp_path / "kept" / "data" / "stats.json").read_bytes() == stats
+    assert not (tmp_path / "kept" / "data.new").exists()
 
 
 def test_files_are_read_as_tables_are(tmp_path):
