@@ -270,6 +270,7 @@ def test_the_app_says_whether_it_fits_by_its_exit_code():
     assert done.returncode == 1 and done.stdout.startswith("does not fit")
 
 
+@pytest.mark.slow
 def test_estimated_memory_is_what_training_takes():
     # A table of 1 GiB: what glibc keeps of pieces that training has freed, up to 60 MiB, is little beside it.
     command = [

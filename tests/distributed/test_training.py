@@ -295,7 +295,7 @@ def assert_trains_as_the_plain_model(path, world_size, settings, train=train_sha
     return losses
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_losses_and_weights_equal_the_unsharded_model(tmp_path, world_size, settings):
     path = tmp_path / "data"
@@ -356,7 +356,9 @@ def test_the_first_rows_depend_on_the_seed_and_not_on_the_ranks(tmp_path):
     assert 0.015 < one.std() < 0.025
 
 
-@pytest.mark.parametrize("sharding", ["row_wise", "table_wise"])
+@pytest.mark.parametrize(
+    "sharding", ["row_wise", pytest.param("table_wise", marks=pytest.mark.slow)]
+)
 def test_rows_of_co_occurrence_are_on_every_rank_what_process_0_made(tmp_path, sharding):
     path = tmp_path / "data"
     make_data(path)
@@ -406,7 +408,7 @@ def refusal(path, settings):
     return str(raised.value)
 
 
-@pytest.mark.parametrize("negatives", ["all", "uniform"])
+@pytest.mark.parametrize("negatives", ["all", pytest.param("uniform", marks=pytest.mark.slow)])
 def test_more_ranks_than_items_need_one_owner(tmp_path, negatives):
     path, settings = tmp_path / "data", [f"loss.negatives={negatives}"]
     write_dataset(path, [[0, 1, 0, 1, 1]] * 8, num_items=2)

@@ -251,6 +251,7 @@ def runs_until_it_diverges(data: Path, folder: Path):
 
 
 @pytest.mark.fault("R14")
+@pytest.mark.slow
 def test_rates_a_hundred_times_too_high_raise_an_alarm_and_the_best_checkpoint_is_kept(tmp_path):
     random = np.random.default_rng(3)
     first = random.integers(0, 60, 160)

@@ -155,6 +155,7 @@ def test_two_stops_in_an_epoch_repeat_and_leave_out_no_user(data, tmp_path):
         assert users == dict.fromkeys(range(77), 1)
 
 
+@pytest.mark.slow
 def test_one_rank_that_is_asked_stops_all_and_they_go_on_to_the_last_bit(data):
     undisturbed, stopped = data.parent / "two", data.parent / "two_stopped"
     run_ranks(2, train_once, data, undisturbed)
@@ -200,6 +201,7 @@ def stop_at(stop_after, data, folder, *settings):
 
 
 @pytest.mark.fault("R3")
+@pytest.mark.slow
 def test_a_run_goes_on_at_other_numbers_of_processes(data, tmp_path):
     run_ranks(2, stop_at, 99, data, tmp_path / "same")
     for world_size, stop_after in ((2, 33), (1, 66), (4, 99)):

@@ -127,6 +127,7 @@ def in_a_process(work: Callable[[int, Path], None], count: int, root: Path) -> l
 
 
 @pytest.mark.fault("R33")
+@pytest.mark.slow
 def test_thirty_fits_in_one_process_take_no_more_than_ten(tmp_path):
     small_data(tmp_path / "data")
     grown = growth(in_a_process(fit, 30, tmp_path), 10)
