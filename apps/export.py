@@ -24,7 +24,10 @@ def main(arguments: list[str]) -> None:
     print(f"wrote    {output}: {config.num_items:,} items, {size / 2**20:.1f} MiB", flush=True)
     for name in ("int8", "index"):
         if measured := config.about.get(name):
-            told = ", ".join(f"{key} {value}" for key, value in measured.items())
+            told = ", ".join(
+                f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in measured.items()
+            )
             print(f"{name:8} {told}", flush=True)
 
 

@@ -77,7 +77,8 @@ class Request(BaseModel):
 
 def answers(model: ServingModel, requests: Sequence[Request]) -> list[dict[str, Any] | ValueError]:
     """What each request gets: {"items": [{"item_id", "rank", "score"}, ...] best first, "num_unknown": events
-    of unknown items}; or ValueError, which says what is wrong with it."""
+    of unknown items}, with candidates also "num_unknown_candidates"; or ValueError, which says what is wrong
+    with it."""
     alike: dict[Any, list[int]] = {}
     for place, one in enumerate(requests):
         chosen = None if one.candidates is None else tuple(one.candidates)
@@ -130,6 +131,9 @@ def _answered(
     for place, one in requests.items():
         num_known = len(rows_of(one.item_ids, model.items, "item_ids", "ignore"))
         found[place] = {"items": [], "num_unknown": len(one.item_ids) - num_known}
+        if one.candidates is not None:
+            num_chosen = len(rows_of(one.candidates, model.items, "candidates", "ignore"))
+            found[place]["num_unknown_candidates"] = len(one.candidates) - num_chosen
     for row in table.to_pylist():
         found[row.pop("user_id")]["items"].append(row)
     return found

@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -183,9 +183,12 @@ def serve_run(folder: Path) -> ServingModel:
     return ServingModel(run.bundle_config(ExportConfig()), model, IdIndex(typed_ids(items)))
 
 
-def export(folder: Path, output: Path, about: ExportConfig) -> BundleConfig:
+def export(
+    folder: Path, output: Path, about: ExportConfig, told: Mapping[str, Any] | None = None
+) -> BundleConfig:
     """Writes the bundle `output` of the run in `folder`: whole, or not at all.
 
+    told: what config.json's `about` holds besides.
     Raises ValueError when `output` is there already, and as `open_run`.
     """
     if output.exists() or output.is_symlink():
@@ -201,7 +204,8 @@ def export(folder: Path, output: Path, about: ExportConfig) -> BundleConfig:
         (partial / bundle.WEIGHTS).write_bytes(save(run.weights))
         _write_vectors(partial / bundle.VECTORS, run, about.vectors)
         shutil.copyfile(folder / ITEM_MAP, partial / bundle.ITEMS)
-        config = replace(config, about=config.about | _write_further(partial, run, about))
+        further = dict(told or {}) | _write_further(partial, run, about)
+        config = replace(config, about=config.about | further)
         (partial / bundle.CARD).write_text(_card(config, run.result), encoding="utf-8")
         files = {path.name: digest_of(path) for path in sorted(partial.iterdir())}
         config = replace(config, files=files)

@@ -9,6 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -226,25 +227,33 @@ class Recommender:
         about = ExportConfig(name=name, description=description)
         source = self._fitted(self._source)
         with distributed.process_group("cpu"):
-            hosts.on_main(lambda: _save(source, Path(folder), about))
+            columns = asdict(self.columns)
+            hosts.on_main(lambda: _save(source, Path(folder), about, columns))
 
     @classmethod
     def load(
         cls,
         folder: str | Path,
         *,
-        user_column: str = "user_id",
-        item_column: str = "item_id",
-        time_column: str = "timestamp",
+        user_column: str | None = None,
+        item_column: str | None = None,
+        time_column: str | None = None,
     ) -> "Recommender":
         """The model that `save`, or apps/export.py, wrote, on CPU and ready to recommend to any history.
-        The columns are those of histories to come. Nothing of the folder is executed.
+        The columns are those of histories to come, by default what `save` kept of them, or user_id, item_id
+        and timestamp. Nothing of the folder is executed.
 
         Raises ValueError (BundleError) with the file and what is wrong with it.
         """
         loaded = cls()
-        columns = _columns(user_column, item_column, time_column)
-        loaded._take(load_bundle(folder), columns, None)
+        model, given = load_bundle(folder), (user_column, item_column, time_column)
+        kept = model.config.about.get("columns")
+        kept = kept if isinstance(kept, dict) else {}
+        names = [
+            one or kept.get(role, default)
+            for one, (role, default) in zip(given, asdict(Columns()).items(), strict=True)
+        ]
+        loaded._take(model, _columns(*names), None)
         loaded._source = Path(folder)
         return loaded
 
@@ -370,11 +379,11 @@ def _served(run: Path) -> ServingModel:
         return serve_run(run)
 
 
-def _save(source: Path, folder: Path, about: ExportConfig) -> None:
+def _save(source: Path, folder: Path, about: ExportConfig, columns: dict[str, str]) -> None:
     """A run as a bundle, or a bundle again; by one process of a group."""
     if (source / "config.yaml").is_file():
         with distributed.alone():
-            export(source, folder, about)
+            export(source, folder, about, {"columns": columns})
         return
     if folder.exists():
         raise ValueError(f"{folder} is there already; remove it, or give another folder")

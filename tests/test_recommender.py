@@ -145,6 +145,9 @@ def test_own_columns_moments_and_numbers_as_ids(tmp_path):
     assert answer["product"].dtype.kind == "i" and len(answer) == 120
     assert [*model.recommend(["user 1"], k=1).columns] == [*answer.columns]
     assert (tmp_path / "kept" / "run" / "report.md").is_file()
+    model.save(tmp_path / "shared")
+    loaded = Recommender.load(tmp_path / "shared")  # which knows what columns are called
+    assert loaded.recommend(frame, k=2).equals(answer)
     # As it was: nothing is trained again.
     again = Recommender(**SMALL | {"max_epochs": 1}).fit(frame, **columns, folder=tmp_path / "kept")
     assert again.recommend(frame, k=2).equals(answer)

@@ -136,6 +136,9 @@ def test_candidates_unknown_items_and_users_without_known_ones_are_answered(url)
     status, answer = got(f"{url}/recommend", GOOD | {"candidates": chosen})
     assert status == 200
     assert {row["item_id"] for row in answer["items"]} == {"item 0009", "item 0004"}
+    assert answer["num_unknown_candidates"] == 0
+    chosen[2] = "none such"
+    assert got(f"{url}/recommend", GOOD | {"candidates": chosen})[1]["num_unknown_candidates"] == 1
     more = {"item_ids": [*GOOD["item_ids"], "new"], "timestamps": [5, 6, 7]}
     alone = got(f"{url}/recommend", GOOD)[1]
     assert got(f"{url}/recommend", more) == (200, alone | {"num_unknown": 1})

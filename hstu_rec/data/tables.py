@@ -124,7 +124,10 @@ def read_parquet(source: str | Path, columns: list[str]) -> pa.Table:
                 raise ValueError(f"it lacks {', '.join(missing)} and has {', '.join(names)}")
             tables.append(pq.ParquetFile(file).read(columns=columns))
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise ValueError(f"{file} cannot be read as parquet: {error}") from error
+            raise ValueError(
+                f"{file} cannot be read as parquet: {error}; give parquet files, or a table "
+                "(pandas.read_csv reads text)"
+            ) from error
     try:
         return pa.concat_tables(tables)
     except pa.ArrowException as error:
