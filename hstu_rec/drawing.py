@@ -121,8 +121,9 @@ def draw_groups(
     panels = figure.subplots(1, len(titles), squeeze=False)[0]
     first = next(iter(groups.values()))
     for axes, (grouping, title) in zip(panels, titles.items(), strict=True):
-        dress(axes, f"{metric} by {title}", "")
-        bins = {name: one["num_users"] for name, one in first[grouping].items()}
+        masked = "masked" if seen == "seen_masked" else "allowed"
+        dress(axes, f"{metric} by {title}, seen items {masked}", "")
+        bins = {name: one["num_users"] for name, one in first[grouping].items() if one["num_users"]}
         width = 0.8 / len(groups)
         for number, (method, of_method) in enumerate(groups.items()):
             values = [of_method[grouping][name].get(seen, {}).get(metric, 0.0) for name in bins]

@@ -30,6 +30,7 @@ the selection metric and, if it has one, `epoch`.
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -311,7 +312,10 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 def listing(values: Mapping[str, Any], name: str) -> str:
     """A two-column table, "" when there is nothing to list; nested names are joined by dots."""
-    rows = [[key, _cell(value)] for key, value in _flat(values)]
+    rows = [
+        [key, _moment(value) if key.endswith("_timestamp") else _cell(value)]
+        for key, value in _flat(values)
+    ]
     return markdown_table([[name, "value"], *rows]) if rows else ""
 
 
@@ -323,7 +327,14 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
+def _moment(value: Any) -> str:
+    """Unix seconds as a date and time."""
+    return f"{datetime.fromtimestamp(int(value), UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
 def _cell(value: Any) -> str:
+    if value is None:
+        return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
