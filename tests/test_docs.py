@@ -10,6 +10,7 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -282,8 +283,11 @@ def of_torchx(words: list[str]) -> list[str]:
     if "--script" not in given:
         script = next(index for index, word in enumerate(given) if word.endswith(".py"))
         given = [*given[:script], "--script", given[script], "--", *given[script + 1 :]]
+    kept = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
     with get_runner() as runner:
         job = runner.dryrun_component("dist.ddp", given, "local_cwd").request
+    for one, handler in kept.items():  # torchx takes them for this process
+        signal.signal(one, handler)
     assert job.role_params, words
     script = given.index("--script") + 1
     return [given[script], *given[script + 2 :]]
