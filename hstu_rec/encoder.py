@@ -297,7 +297,7 @@ class HSTUEncoder(nn.Module):
             raise ValueError(
                 "this encoder uses times: give at (int64 [B], s), those of the requests"
             )
-        times = history.timestamps if self.config.use_time_bias else None
+        times = history.timestamps
         if times is not None and at is not None:
             _check_after(history.offsets, times, at)
         layout = candidate_layout(history.offsets, num_candidates, times, at, self.config.window)

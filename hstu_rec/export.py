@@ -164,13 +164,24 @@ def open_run(folder: Path) -> TrainedRun:
     )
     model = model_of(config.encoder, scoring, torch.empty(0))
     weights = {name: torch.empty(one.shape) for name, one in model.state_dict().items()}
+    load_dense(path, weights)
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return TrainedRun(folder, config, scoring, weights, rows, found, result)
+
+
+def load_dense(path: Path, weights: dict[str, Tensor]) -> None:
+    """Fills a model's dense `weights`, by name, from a verified checkpoint, without a process group."""
     wanted = {f"model/{name}" for name in weights}
     with warnings.catch_warnings():
         # DCP tells that there is no process group.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         checkpoint.load(path, {"model": weights}, lambda name: name not in wanted, is_verified=True)
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    return TrainedRun(folder, config, scoring, weights, rows, found, result)
+
+
+def own_ids(folder: Path) -> IdIndex:
+    """The items of a run folder, by row of its table."""
+    items = pq.read_table(folder / ITEM_MAP, columns=["item_id"]).column("item_id")
+    return IdIndex(typed_ids(items))
 
 
 def serve_run(folder: Path) -> ServingModel:
@@ -178,9 +189,8 @@ def serve_run(folder: Path) -> ServingModel:
     run = open_run(folder)
     model = model_of(run.config.encoder, run.scoring, torch.cat([*run.vectors()]))
     model.load_state_dict(run.weights, assign=True)
-    items = pq.read_table(folder / ITEM_MAP, columns=["item_id"]).column("item_id")
     model.eval().requires_grad_(False)
-    return ServingModel(run.bundle_config(ExportConfig()), model, IdIndex(typed_ids(items)))
+    return ServingModel(run.bundle_config(ExportConfig()), model, own_ids(folder))
 
 
 def export(

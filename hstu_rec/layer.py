@@ -139,18 +139,18 @@ class HSTULayer(nn.Module):
         self, x: Tensor, offsets: Tensor, layout: JaggedLayout
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`forward`, and the keys [T, H, A] and values [T, H, V] that candidates look at."""
-        q, k, v, gate = self._heads(x)
+        q, k, v, gate = self.heads(x)
         attended = jagged_attention(q, k, v, offsets, layout=layout, **self._attention())
         return self.after(x, attended.flatten(1), *gate), k, v
 
     def of_candidates(self, x: Tensor, past: KeysAndValues, layout: CandidateLayout) -> Tensor:
         """Candidates x [C, D] to [C, D], after histories whose keys and values are `past`."""
-        q, k, v, gate = self._heads(x)
+        q, k, v, gate = self.heads(x)
         attended = candidate_attention(q, k, v, past, layout, **self._attention())
         return self.after(x, attended.flatten(1), *gate)
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """q, k [T, H, A], v [T, H, V] and, with a gate, [u [T, H V]]."""
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """q, k [..., H, A], v [..., H, V] and, with a gate, [u [..., H V]] of x [..., D]."""
         v, q, k, *gate = self.before(x).split(self.widths, dim=-1)
         q, k = (one.unflatten(-1, (self.num_heads, self.attention_dim)) for one in (q, k))
         return q, k, v.unflatten(-1, (self.num_heads, self.value_dim)), gate

@@ -109,11 +109,8 @@ def _layer(
     layer: HSTULayer, x: Tensor, distance: Tensor, is_seen: Tensor, buckets: Tensor | None
 ) -> Tensor:
     """One layer on [B, L, D]; distance int64 and is_seen bool [L, L], buckets int64 [B, L, L]."""
-    v, q, k, *gate = layer.before(x).split(layer.widths, dim=-1)
-    heads = layer.num_heads
-    q = q.unflatten(-1, (heads, layer.attention_dim)).transpose(1, 2)
-    k = k.unflatten(-1, (heads, layer.attention_dim)).transpose(1, 2)
-    v = v.unflatten(-1, (heads, layer.value_dim)).transpose(1, 2)
+    *heads, gate = layer.heads(x)
+    q, k, v = (one.transpose(1, 2) for one in heads)
     scores = q @ k.transpose(2, 3)
     if layer.kind == "softmax":
         scores = scores * layer.scale

@@ -1,22 +1,21 @@
 """A trained ranker out of its run folder, in one process, without TorchRec: load_ranker."""
 
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from hstu_rec import checkpoint
 from hstu_rec.bundle import Rows
 from hstu_rec.checkpoint.saved_rows import SavedRows
 from hstu_rec.config import load
 from hstu_rec.data.item_map import ITEM_MAP, item_map_hash
-from hstu_rec.data.own_ids import IdIndex, typed_ids
+from hstu_rec.data.own_ids import IdIndex
 from hstu_rec.durable import write_file
+from hstu_rec.export import load_dense, own_ids
 from hstu_rec.item_table import ROWS_NAME
 from hstu_rec.ranker.config import RankRunConfig
 from hstu_rec.ranker.features import Feature
@@ -77,12 +76,6 @@ def load_ranker(folder: str | Path) -> TrainedRanker:
     rows = saved.take(np.arange(len(saved)))
     features = [Feature(**one) for one in told["features"]]
     model = ranking_model(Rows(rows), config.ranker, config.encoder, features)
-    weights = dict(model.state_dict())
-    wanted = {f"model/{name}" for name in weights}
-    with warnings.catch_warnings():
-        # DCP tells that there is no process group.
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        checkpoint.load(path, {"model": weights}, lambda name: name not in wanted, is_verified=True)
-    items = pq.read_table(folder / ITEM_MAP, columns=["item_id"]).column("item_id")
+    load_dense(path, dict(model.state_dict()))
     model.eval().requires_grad_(False)
-    return TrainedRanker(model, IdIndex(typed_ids(items)), config.ranker.tasks, told["values"])
+    return TrainedRanker(model, own_ids(folder), config.ranker.tasks, told["values"])
