@@ -168,6 +168,17 @@ class TrainConfig:
             )
 
 
+def name_problems(name: str) -> list[str]:
+    """What is wrong with the name of a run, a sentence."""
+    is_plain = name.strip() and name.isprintable() and "/" not in name
+    if is_plain and not name.startswith(".") and len(name.encode()) <= MAX_NAME_BYTES:
+        return []
+    return [
+        "name must be the end of a folder's name: not empty, of at most "
+        f"{MAX_NAME_BYTES} bytes, without / and without a dot at its beginning; got {name!r}"
+    ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything a run depends on."""
@@ -194,13 +205,7 @@ class RunConfig:
 
     def problems(self) -> list[str]:
         """Problems between sections."""
-        found = []
-        is_plain = self.name.strip() and self.name.isprintable() and "/" not in self.name
-        if not is_plain or self.name.startswith(".") or len(self.name.encode()) > MAX_NAME_BYTES:
-            found.append(
-                "name must be the end of a folder's name: not empty, of at most "
-                f"{MAX_NAME_BYTES} bytes, without / and without a dot at its beginning; got {self.name!r}"
-            )
+        found = name_problems(self.name)
         if not SELECTED.fullmatch(self.train.select):
             metrics = [f"{part}/{one}" for part in PARTS for one in ("recall@10", "ndcg@10", "mrr")]
             near = did_you_mean(self.train.select, metrics)

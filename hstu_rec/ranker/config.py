@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 
-from hstu_rec.config import OptimConfig
+from hstu_rec.config import OptimConfig, name_problems
 from hstu_rec.distributed import DeviceChoice
 from hstu_rec.encoder_config import EncoderConfig
 from hstu_rec.guards import GuardConfig
@@ -55,7 +55,7 @@ class RankRunConfig:
 
     def problems(self) -> list[str]:
         """Problems between sections."""
-        found = []
+        found = name_problems(self.name)
         if self.encoder.max_history_len < 4 or self.encoder.max_history_len % 2:
             found.append(
                 "encoder.max_history_len must be even and at least 4, two tokens an event; got "
@@ -74,6 +74,4 @@ class RankRunConfig:
             ]
         if self.table.init != "normal" or self.table.new_rows != TableConfig().new_rows:
             found.append("table.init and table.new_rows have no effect on a ranker; leave them out")
-        if not self.name.strip() or "/" in self.name or self.name.startswith("."):
-            found.append(f"name must be the end of a folder's name; got {self.name!r}")
         return found
