@@ -8,6 +8,8 @@ from hstu_rec import scores
 from hstu_rec.loss import LossConfig, SampledSoftmax
 from hstu_rec.scores import Catalogue, ItemShard, Seen, best_items, exact_scores
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 def catalogue_of(rows, similarity="dot"):
     loss = SampledSoftmax(LossConfig(similarity=similarity))
@@ -20,8 +22,8 @@ def by_loop(queries, vectors, num_best, seen):
     found = []
     for place, query in enumerate(queries):
         pairs = query.expand(len(vectors), -1)
-        values = exact_scores(pairs, vectors).numpy().copy()
-        values[seen.items[seen.owners == place].unique()] += seen.added
+        values = exact_scores(pairs, vectors).cpu().numpy().copy()
+        values[seen.items[seen.owners == place].unique().cpu()] += seen.added
         order = np.lexsort((np.arange(len(values)), -values))[:num_best]
         found.append([(values[item], item) for item in order if values[item] > -np.inf])
     return found
@@ -35,19 +37,19 @@ def as_pairs(best, items):
 
 
 def rows_of(kind, num_items, dim, generator):
-    rows = torch.randn(num_items, dim, generator=generator)
+    rows = torch.randn(num_items, dim, generator=generator).to(DEVICE)
     if kind == "near":  # far closer than float32 tells apart
         rows = rows[:1] + rows * 1e-7
     elif kind == "equal":
         rows = rows[:1].expand(num_items, -1).clone()
     elif kind == "few":
-        rows = rows[torch.randint(0, 5, (num_items,), generator=generator)]
+        rows = rows[torch.randint(0, 5, (num_items,), generator=generator).to(DEVICE)]
     elif kind == "zero":
         rows[::2] = 0
     elif kind == "small":
         rows *= 1e-25
     elif kind == "of all sizes":
-        rows *= 10.0 ** torch.randint(-12, 13, (num_items, 1), generator=generator)
+        rows *= 10.0 ** torch.randint(-12, 13, (num_items, 1), generator=generator).to(DEVICE)
     return rows
 
 
@@ -64,10 +66,10 @@ def test_the_best_items_are_those_of_a_plain_loop(
     generator = torch.Generator().manual_seed(3)
     rows = rows_of(kind, 333, 12, generator)
     catalogue, vectors = catalogue_of(rows, similarity)
-    queries = torch.randn(num_queries, 12, generator=generator)
+    queries = torch.randn(num_queries, 12, generator=generator).to(DEVICE)
     seen = Seen(
-        torch.randint(0, num_queries, (200,), generator=generator),
-        torch.randint(0, 333, (200,), generator=generator),
+        torch.randint(0, num_queries, (200,), generator=generator).to(DEVICE),
+        torch.randint(0, 333, (200,), generator=generator).to(DEVICE),
         added,
     )
     for num_best in (1, 10, 70, 400):

@@ -22,11 +22,11 @@ SETTINGS = ["encoder.dim=8", "encoder.max_history_len=5", "eval.batch_users=4", 
 NUM_LISTED = (1000, 7, 1)
 
 
-def list_items(path):
+def list_items(path, device="cpu"):
     """(lists by the number of users asked for, lists of a table of equal rows, the table, the query of each
     test user, what is said of a row that is not finite)."""
     dataset = Dataset(path)
-    with distributed.process_group("cpu") as device:
+    with distributed.process_group(device) as device:
         config = load(RunConfig, [*SETTINGS, f"data.path={path}"])
         learner = Learner(config, dataset, device)
         shards = local_shards(learner.model)
@@ -38,19 +38,19 @@ def list_items(path):
         assert learner.model.training
         (batch,) = eval_batches(dataset, "test", 5, 1000)
         with torch.no_grad():
-            vectors, _ = learner.model.eval()(batch.history)
+            vectors, _ = learner.model.eval()(batch.history.to(device))
         table = [rows for rows, _ in shards] or [torch.zeros(0, 8)]
         both = table[0].clone(), vectors
         table, vectors = map(distributed.all_gather_rows, both)
         for rows, _ in shards:
-            rows.copy_(torch.ones(8).expand_as(rows))
+            rows.fill_(1.0)
         equal = top_lists(learner.model, dataset, config.eval, device)
         if distributed.rank() == distributed.world_size() - 1:
             shards[0][0][-1, 0] = torch.nan
         with pytest.raises(RankError) as caught:
             top_lists(learner.model, dataset, config.eval, device)
         equal = equal.users.tolist(), equal.items.tolist()
-        return lists, equal, table.numpy(), vectors.numpy(), str(caught.value)
+        return lists, equal, table.cpu().numpy(), vectors.cpu().numpy(), str(caught.value)
 
 
 def slow_lists(table, vectors, histories):
@@ -80,7 +80,7 @@ def dataset(tmp_path_factory, sequences):
 @pytest.fixture(scope="module", params=[1, 3])
 def by_rank(request, dataset):
     if request.param == 1:
-        return [list_items(dataset.path)]
+        return [list_items(dataset.path, "auto")]  # of a GPU where there is one
     return run_ranks(request.param, list_items, dataset.path)
 
 
