@@ -17,27 +17,23 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hstu_rec import failures
-from hstu_rec.checkpoint import CheckpointConfig
 from hstu_rec.data.stream import DataConfig
 from hstu_rec.data.synthetic import SYNTHETIC
-from hstu_rec.distributed import DeviceChoice, Precision
+from hstu_rec.distributed import Precision
 from hstu_rec.durable import write_file
-from hstu_rec.encoder_config import EncoderConfig
 from hstu_rec.evaluator import EvalConfig
-from hstu_rec.guards import GuardConfig
 from hstu_rec.item_table import TableConfig
 from hstu_rec.loss import LossConfig
+from hstu_rec.run_config import AnyRunConfig, AnyTrainConfig
 from hstu_rec.settings import (
-    above,
     as_typed,
-    at_least,
     choices_of,
     described,
     did_you_mean,
@@ -46,9 +42,7 @@ from hstu_rec.settings import (
     members_of,
     shown,
     unknown_key,
-    within,
 )
-from hstu_rec.trackers import TrackingConfig
 
 T = TypeVar("T")
 BASE_KEY = "base"
@@ -59,58 +53,17 @@ MAX_PROBLEMS = 20
 # Results are given by these parts, each with these metrics.
 PARTS = ("seen_masked", "seen_allowed")
 SELECTED = re.compile(rf"({'|'.join(PARTS)})/(mrr|(recall|ndcg)@([1-9][0-9]*))")
-MAX_NAME_BYTES = 200  # of the 255 of a file name, which has the time before it
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW on the dense parameters; the item table has its own optimizer (table.*)."""
-
-    lr: float = 1e-3
-    """Learning rate of the dense parameters; the table's rate follows the same schedule."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay."""
-    beta1: float = 0.9
-    """Decay of the first moment."""
-    beta2: float = 0.98
-    """Decay of the second moment."""
-    clip_norm: float = 1.0
-    """Largest norm of the dense gradient; 0 for no clipping."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Decay of the rates from the end of warm-up to the last step of train.max_epochs."""
-    final_lr_fraction: float = 0.0
-    """Rate at the last step, as a fraction of lr."""
-
-    def problems(self) -> list[str]:
-        """What is wrong with these values, a sentence each."""
-        found = above(self, 0, "lr")
-        found += at_least(self, 0, "weight_decay", "clip_norm", "warmup_steps")
-        found += within(self, "[0, 1)", "beta1", "beta2", "final_lr_fraction")
-        if self.final_lr_fraction and self.schedule == "constant":
-            found.append(
-                "final_lr_fraction has no effect with schedule 'constant'; set one of them"
-            )
-        return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(AnyTrainConfig):
     """How long a run trains and what it keeps."""
 
     max_epochs: int = 60
-    """Epochs, at most."""
     eval_every_epochs: int = 2
-    """Epochs between validations."""
     patience: int = 5
-    """Validations without a better result before training stops; 0 trains all epochs."""
     select: str = "seen_allowed/ndcg@10"
     """Validation metric that chooses the model."""
-    seed: int = 1
-    """Seed of weights, batches, negatives and dropout."""
-    device: DeviceChoice = "auto"
-    """auto takes CUDA when present."""
     precision: Precision = "float32"
     """Of the dense part's products: float32, tf32 (on CUDA) or bfloat16 (the encoder and, on
     Hopper, the fused loss; tf32 for the rest).
@@ -122,29 +75,13 @@ class TrainConfig:
     """torch.compile of the layers but for attention, for wide models; the first step takes a minute."""
     recompute: bool = False
     """Keeps a layer's input alone and makes the rest again in backward: less memory, a longer step."""
-    resume: str = "none"
-    """none, auto (newest complete checkpoint of train.run_dir), or a checkpoint folder."""
-    resume_changed: bool = False
-    """Goes on also where settings or data are not those that the checkpoint was trained with; each change
-    is told, and an epoch whose batches are others begins again."""
     warm_start: str = ""
     """Run whose best checkpoint, or `RUN/checkpoints/step_<number>`, that this run begins as, with another
     catalogue: items of the same own id keep their rows; for the others see table.new_rows."""
-    run_dir: str = ""
-    """Folder of the run; `runs/<time>-<name>` when empty."""
-    log_every_steps: int = 50
-    """Steps between rows of metrics.jsonl."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""
-        counts = "max_epochs", "eval_every_epochs", "log_every_steps"
-        found = at_least(self, 1, *counts) + at_least(self, 0, "patience")
-        if not 0 <= self.seed < 2**32:
-            found.append(f"seed must be in 0..{2**32 - 1}; got {self.seed}")
-        if self.resume_changed and self.resume == "none":
-            found.append("resume_changed has no effect without resume; set one of them")
-        if self.resume == "auto" and not self.run_dir:
-            found.append("resume 'auto' needs train.run_dir, the folder of the run to go on with")
+        found = super().problems()
         if self.warm_start:
             found += self._warm_start_problems()
         for name in ("compile", "recompute"):
@@ -168,33 +105,15 @@ class TrainConfig:
             )
 
 
-def name_problems(name: str) -> list[str]:
-    """What is wrong with the name of a run, a sentence."""
-    is_plain = name.strip() and name.isprintable() and "/" not in name
-    if is_plain and not name.startswith(".") and len(name.encode()) <= MAX_NAME_BYTES:
-        return []
-    return [
-        "name must be the end of a folder's name: not empty, of at most "
-        f"{MAX_NAME_BYTES} bytes, without / and without a dot at its beginning; got {name!r}"
-    ]
-
-
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(AnyRunConfig):
     """Everything a run depends on."""
 
     name: str = "demo"
-    """Name of the run, the end of its folder's name."""
     data: DataConfig = field(default_factory=DataConfig)
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    table: TableConfig = field(default_factory=TableConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    guard: GuardConfig = field(default_factory=GuardConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def validation(self) -> EvalConfig:
         """How validations measure: as `eval`, and at the cut-off of train.select."""
@@ -205,7 +124,7 @@ class RunConfig:
 
     def problems(self) -> list[str]:
         """Problems between sections."""
-        found = name_problems(self.name)
+        found = super().problems()
         if not SELECTED.fullmatch(self.train.select):
             metrics = [f"{part}/{one}" for part in PARTS for one in ("recall@10", "ndcg@10", "mrr")]
             near = did_you_mean(self.train.select, metrics)
@@ -217,11 +136,6 @@ class RunConfig:
             found.append(f"train.warm_start needs items with own ids, not data.path={SYNTHETIC}")
         if self.table.new_rows != TableConfig().new_rows and not self.train.warm_start:
             found.append("table.new_rows has no effect without train.warm_start; set one of them")
-        if self.guard.on_nonfinite == "skip" and self.table.optimizer == "adam":
-            found.append(
-                "guard.on_nonfinite 'skip' cannot be with table.optimizer 'adam', which moves rows even by a "
-                "gradient of 0; set one of them"
-            )
         if 0 < self.data.batch_events < self.encoder.max_history_len:
             found.append(
                 "data.batch_events must hold the longest history, encoder.max_history_len = "

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from hstu_rec import checkpoint
+from hstu_rec.any_learner import AnyLearner
 from hstu_rec.checkpoint import CheckpointError
-from hstu_rec.config import RunConfig, leaves
+from hstu_rec.config import leaves
 from hstu_rec.data.stream import Sequences
 from hstu_rec.encoder_config import EncoderConfig
-from hstu_rec.learner import Learner, rate_factor
+from hstu_rec.run_config import AnyRunConfig
 
 # What may differ when a run goes on: sections and settings that change neither the model nor its batches.
 FREE_SECTIONS = ("eval.", "checkpoint.", "guard.", "tracking.")
@@ -76,26 +77,25 @@ class Found:
 
 
 def meta_of(
-    config: RunConfig,
+    config: AnyRunConfig,
     dataset: Sequences,
-    learner: Learner,
+    learner: AnyLearner,
     progress: Progress,
     made_with: dict[str, Any],
 ) -> dict[str, Any]:
     """What a checkpoint's meta.json holds."""
-    factor = rate_factor(config.optim, progress.step, learner.num_steps_planned)
     return {
         "progress": asdict(progress),
         "alarm": asdict(learner.alarm),
         "num_skipped": learner.guard.num_skipped,
-        "rates": {"optim.lr": config.optim.lr * factor, "table.lr": config.table.lr * factor},
+        "rates": learner.optimizers.rates(progress.step),
         "items": dataset.stats.get("item_map_hash"),
         **_trained_with(config, dataset),
         "versions": made_with,
     }
 
 
-def _trained_with(config: RunConfig, dataset: Sequences) -> dict[str, Any]:
+def _trained_with(config: AnyRunConfig, dataset: Sequences) -> dict[str, Any]:
     """What must be the same when a run goes on."""
     return {"config": leaves(config), "data": dataset.identity}
 
@@ -127,7 +127,7 @@ def found_at(path: Path) -> Found:
     return Found(path, meta)
 
 
-def check(found: Found, config: RunConfig, dataset: Sequences) -> tuple[list[str], bool]:
+def check(found: Found, config: AnyRunConfig, dataset: Sequences) -> tuple[list[str], bool]:
     """(what has changed since the checkpoint and is to be told, whether the batches have).
 
     Raises CheckpointError for any change unless train.resume_changed.
@@ -145,14 +145,14 @@ def check(found: Found, config: RunConfig, dataset: Sequences) -> tuple[list[str
     if changed and not config.train.resume_changed:
         raise CheckpointError(
             f"train.resume: {found.path} was trained otherwise: {_listed(changed)}; give what it was "
-            "trained with, begin another run in another train.run_dir (with its rows: "
-            f"train.warm_start={found.path}), or go on all the same: train.resume_changed=true"
+            f"trained with, begin another run in another train.run_dir{_with_rows(found)}, or go on "
+            "all the same: train.resume_changed=true"
         )
     is_other = bool(data) or any(key.startswith(BATCHES) for key in settings if key not in free)
     return [f"resume: changed since: {text}" for text in changed], is_other
 
 
-def load(found: Found, learner: Learner, dataset: Sequences) -> Progress:
+def load(found: Found, learner: AnyLearner, dataset: Sequences) -> Progress:
     """Fills the learner from a checkpoint. Raises CheckpointError for other items. Collective."""
     _check_items(found, dataset)
     checkpoint.load(found.path, learner.state(), is_verified=found.is_verified)
@@ -163,9 +163,15 @@ def _check_items(found: Found, dataset: Sequences) -> None:
     if found.meta.get("items") != dataset.stats.get("item_map_hash"):
         raise CheckpointError(
             f"{found.path} was trained on other items than {dataset.path} has, or on another order of "
-            "them; give the dataset folder that it was trained on as data.path, or begin another run "
-            f"with its rows: train.warm_start={found.path}"
+            "them; give the dataset folder that it was trained on as data.path, or begin another run"
+            f"{_with_rows(found)}"
         )
+
+
+def _with_rows(found: Found) -> str:
+    """How a run of this kind takes the rows of another, if it can."""
+    key = "train.warm_start"
+    return f" (with its rows: {key}={found.path})" if key in found.meta["config"] else ""
 
 
 def _differing(then: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:

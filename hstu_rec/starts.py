@@ -12,7 +12,9 @@ from hstu_rec.data.item_map import keep_item_map
 from hstu_rec.data.stream import Sequences
 from hstu_rec.encoder_config import EncoderConfig
 from hstu_rec.guards import DivergenceAlarm
+from hstu_rec.learner import Learner
 from hstu_rec.resuming import Found, Progress
+from hstu_rec.run_config import AnyRunConfig
 from hstu_rec.training import Run
 from hstu_rec.warm_start import FormerRun, former_run, warm_start
 
@@ -26,7 +28,7 @@ class Start(Protocol):
     def encoder(self) -> EncoderConfig | None:
         """That of the model whose weights the run begins with."""
 
-    def check(self, config: RunConfig, dataset: Sequences) -> None:
+    def check(self, config: AnyRunConfig, dataset: Sequences) -> None:
         """Raises ValueError where the run cannot begin so; nothing is written yet."""
 
     def begin(self, run: Run) -> Progress:
@@ -34,16 +36,16 @@ class Start(Protocol):
         ...
 
 
-def start_of(config: RunConfig, root: Path) -> Start:
+def start_of(resume: str, root: Path, run_to_begin_as: str = "") -> Start:
     """What train.resume and train.warm_start ask for; `root`: of the run's checkpoints. Collective."""
-    found, told = resuming.find(config.train.resume, root)
+    found, told = resuming.find(resume, root)
     if found is not None:
         return FromCheckpoint(told, found)
-    if config.train.resume == "auto":
-        how = "from train.warm_start" if config.train.warm_start else "anew"
+    if resume == "auto":
+        how = "from train.warm_start" if run_to_begin_as else "anew"
         told = [*told, f"resume: no complete checkpoint, starting {how}"]
-    if config.train.warm_start:
-        return FromRun(told, former_run(config.train.warm_start))
+    if run_to_begin_as:
+        return FromRun(told, former_run(run_to_begin_as))
     return Anew(told)
 
 
@@ -54,7 +56,7 @@ class Anew:
     told: list[str]
     encoder: EncoderConfig | None = None
 
-    def check(self, config: RunConfig, dataset: Sequences) -> None:
+    def check(self, config: AnyRunConfig, dataset: Sequences) -> None:
         """Nothing can be wrong."""
 
     def begin(self, run: Run) -> Progress:
@@ -78,7 +80,7 @@ class FromCheckpoint:
         """The one that was trained."""
         return self.found.encoder
 
-    def check(self, config: RunConfig, dataset: Sequences) -> None:
+    def check(self, config: AnyRunConfig, dataset: Sequences) -> None:
         """Raises CheckpointError for settings or data that it was not trained with."""
         self.changes, self.has_other_batches = resuming.check(self.found, config, dataset)
         self.told = [*self.told, *self.changes]
@@ -96,7 +98,7 @@ class FromCheckpoint:
                 f"{found.path} cannot be gone on with, train.resume_changed or not, where tensors have other "
                 f"shapes: {changes}; give the settings that it was trained with, or begin another run"
             ) from error
-        learner.continue_at(progress.steps_before + progress.step)
+        learner.optimizers.continue_at(progress.steps_before + progress.step)
         if not self.changes:
             # Losses of other settings or data are other ones.
             learner.alarm = DivergenceAlarm(**found.meta["alarm"])
@@ -130,13 +132,15 @@ class FromRun:
         """That of the other run."""
         return self.former.config.encoder
 
-    def check(self, config: RunConfig, dataset: Sequences) -> None:
+    def check(self, config: AnyRunConfig, dataset: Sequences) -> None:
         """Raises ValueError for settings that make another model."""
+        assert isinstance(config, RunConfig)
         self.former.check(config)
 
     def begin(self, run: Run) -> Progress:
         """Carries rows and weights over."""
-        assert isinstance(run.dataset, Dataset)  # the configuration was checked
+        # The configuration was checked.
+        assert isinstance(run.dataset, Dataset) and isinstance(run.learner, Learner)
         begun = warm_start(self.former, run.learner, run.dataset, run.folder)
         items = begun.items
         run.tracker.say(

@@ -3,31 +3,73 @@
 start -> epochs of Learner.step, validations, checkpoints -> test with the best -> report
 """
 
-import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from hstu_rec import checkpoint, distributed, hosts, lock, resuming
 from hstu_rec.checkpoint import Saver
 from hstu_rec.comparison import rows_beside
-from hstu_rec.config import RunConfig, leaves, save, to_yaml
+from hstu_rec.config import PARTS, RunConfig, leaves, save, to_yaml
 from hstu_rec.data.stream import Sequences, check_frequent, open_dataset
+from hstu_rec.evaluator import evaluate
+from hstu_rec.flops import history_flops, peak_flops
 from hstu_rec.learner import Learner, check_graphs, resolved
 from hstu_rec.report import metric_table, write_report
-from hstu_rec.results import result_of
+from hstu_rec.results import result_of, seen_bias_of
+from hstu_rec.run_folder import of_this_job, run_folder
 from hstu_rec.runs import measured_config
 from hstu_rec.signals import StopRequest
 from hstu_rec.starts import load_best, start_of
 from hstu_rec.trackers import check_installed
-from hstu_rec.tracking import METRICS_FILE, Tracker
-from hstu_rec.training import Run, Training
+from hstu_rec.tracking import Tracker
+from hstu_rec.training import Run, Training, Validation
 from hstu_rec.versions import versions
 
-# Folders of runs that were given none.
-RUNS = Path("runs")
-# By one of them a run's folder is known.
-OF_A_RUN = ("checkpoints", "config.yaml", METRICS_FILE, lock.LOCK)
+
+@dataclass(frozen=True)
+class NextItemRun(Run):
+    """A run of the next-item model."""
+
+    config: RunConfig
+    learner: Learner
+
+    def validate(self, after_batch: Callable[[], None]) -> Validation:
+        """Recall, NDCG and MRR of the validation targets."""
+        learner, settings = self.learner, self.config.validation()
+        metrics = evaluate(
+            learner.model, self.dataset, "valid", settings, learner.device, after_batch=after_batch
+        )
+        flat = {f"{part}/{name}": value for part in PARTS for name, value in metrics[part].items()}
+        bias, select = seen_bias_of(learner), self.config.train.select
+        learned = {} if bias is None else {"seen_bias": bias}
+        return Validation(select, flat[select], flat | learned)
+
+    def speed(self, share: float, spent_s: float) -> dict[str, float]:
+        """Events a second of that share of an epoch over all ranks; on CUDA also TFLOP/s, their share of what
+        the devices' products reach, and the most GiB held by this rank's tensors so far."""
+        learner, (flops, peak) = self.learner, self._flops
+        speed = {"events_per_s": share * learner.stream.num_positions / spent_s}
+        if peak:
+            speed["tflop_per_s"] = share * flops / spent_s / 1e12
+            speed["mfu"] = share * flops / spent_s / peak
+            speed["peak_gib"] = torch.cuda.max_memory_allocated(learner.device) / 2**30
+        return speed
+
+    @cached_property
+    def _flops(self) -> tuple[float, float]:
+        """(FLOPs of an epoch over all ranks, FLOP/s that the ranks' devices reach at most; 0 on CPU)."""
+        learner, config = self.learner, self.config
+        lengths = learner.stream.mean_lengths()
+        costs = history_flops(config.encoder, config.loss, self.dataset.num_items, lengths)
+        if learner.device.type != "cuda":
+            return float(costs.sum()), 0.0
+        dtype = distributed.product_dtype(config.train.precision)
+        return float(costs.sum()), peak_flops(learner.device, dtype) * distributed.world_size()
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -37,13 +79,15 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     made_with = versions()  # now, because the source may change while it trains
     with distributed.process_group(config.train.device) as device:
-        config = _gone_on_with(config)
+        if begun := of_this_job(config.train):
+            train = replace(config.train, run_dir=str(begun), resume="auto")
+            config = replace(config, train=train)
         hosts.on_main(lambda: check_installed(config.tracking.to))
         dataset = _opened(config, made_with)
         beside = _beside(config, dataset)
         # Before anything is written:
-        folder = _run_folder(config)
-        start = start_of(config, folder / "checkpoints")
+        folder = run_folder(config.train, config.name)
+        start = start_of(config.train.resume, folder / "checkpoints", config.train.warm_start)
         config = resolved(config, dataset, start.encoder)
         start.check(config, dataset)
         check_graphs(config, device)
@@ -59,7 +103,7 @@ def train(config: RunConfig) -> dict[str, Any]:
             tracker.say(_opening(config, dataset, learner, folder))
             for sentence in start.told:
                 tracker.say(sentence)
-            run = Run(config, folder, dataset, learner, tracker, made_with)
+            run = NextItemRun(config, folder, dataset, learner, tracker, made_with)
             progress = start.begin(run)
             # Now that a checkpoint fits: those of a folder are of its configuration.
             hosts.on_main(lambda: save(config, folder / "config.yaml"))
@@ -134,60 +178,6 @@ def _opened(config: RunConfig, made_with: dict[str, str | None]) -> Sequences:
         "copy the folder of one host to the others, or share it",
     )
     return dataset
-
-
-def _gone_on_with(config: RunConfig) -> RunConfig:
-    """The same, but where the launcher has started the job again and train.run_dir names no folder: to go on
-    in the one that it began."""
-    job = distributed.job()
-    if config.train.run_dir or job is None or not distributed.num_restarts():
-        return config
-    folder = hosts.on_main(lambda: lock.folder_of(job, RUNS))
-    if folder is None:
-        return config
-    return replace(config, train=replace(config.train, run_dir=str(folder), resume="auto"))
-
-
-def _run_folder(config: RunConfig) -> Path:
-    """train.run_dir, or `runs/<time>-<name>`, the same on every rank.
-
-    Raises ValueError on all ranks when another run is there already, or train.resume is nowhere.
-    """
-    resume = config.train.resume
-    hosts.together(lambda: _check_resume(resume))
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = hosts.on_main(lambda: Path(config.train.run_dir or RUNS / f"{stamp}-{config.name}"))
-    # Process 0 looks, because it also begins to write.
-    hosts.on_main(lambda: _check_unused(folder, resume))
-    return folder
-
-
-def _check_resume(resume: str) -> None:
-    if resume not in ("none", "auto") and not Path(resume).is_dir():
-        raise ValueError(
-            f"train.resume '{resume}' does not exist; give none, auto (the newest checkpoint of "
-            "train.run_dir), or a checkpoint's folder, RUN/checkpoints/step_<number>"
-        )
-
-
-def _check_unused(folder: Path, resume: str) -> None:
-    is_own = resume == "auto" or Path(resume).is_relative_to(folder)
-    metrics = folder / METRICS_FILE
-    # A file without a row was left by a run that could not begin.
-    is_used = (folder / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size)
-    if not is_own and is_used:
-        raise ValueError(
-            f"train.run_dir {folder} holds a run already; give another folder, remove this one, or go "
-            "on with that run: train.resume=auto"
-        )
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"train.run_dir {folder} is no folder; give one")
-    # What begins with a dot a run may have left that was killed as it began (hosts.make_shared).
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if not names & {*OF_A_RUN} and any(not name.startswith(".") for name in names):
-        raise ValueError(
-            f"train.run_dir {folder} holds other files, and no run; give a folder that is empty or not there"
-        )
 
 
 def _histories(config: RunConfig, learner: Learner) -> str:

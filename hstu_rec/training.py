@@ -6,33 +6,45 @@ steps of an epoch -> a checkpoint every checkpoint.every_minutes, and when the r
 
 import math
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from hstu_rec import checkpoint, distributed
+from hstu_rec.any_learner import AnyLearner
 from hstu_rec.checkpoint import Saver
-from hstu_rec.config import PARTS, RunConfig
 from hstu_rec.data.stream import Sequences
-from hstu_rec.evaluator import evaluate
-from hstu_rec.flops import history_flops, peak_flops
 from hstu_rec.guards import Asked
-from hstu_rec.learner import Learner
-from hstu_rec.results import seen_bias_of
+from hstu_rec.pipeline import Place
 from hstu_rec.resuming import Progress, meta_of
+from hstu_rec.run_config import AnyRunConfig
 from hstu_rec.signals import Stopped, StopRequest
 from hstu_rec.tracking import Tracker
 
 
+class Validation(NamedTuple):
+    """How good a model is on the validation split."""
+
+    metric: str
+    """Name of what chooses the model."""
+    value: float
+    """Of the metric; more is better."""
+    logged: dict[str, float]
+    """What metrics.jsonl holds of it."""
+
+
 @dataclass(frozen=True)
-class Run:
+class Run(ABC):
     """What a run is made of."""
 
-    config: RunConfig
+    config: AnyRunConfig
     folder: Path
     dataset: Sequences
-    learner: Learner
+    learner: AnyLearner
     tracker: Tracker
     made_with: dict[str, str | None]
 
@@ -41,6 +53,15 @@ class Run:
         """Folder of the checkpoints."""
         return self.folder / "checkpoints"
 
+    @abstractmethod
+    def validate(self, after_batch: Callable[[], None]) -> Validation:
+        """Measures the model; `after_batch` is called by all ranks alike. Collective."""
+
+    @abstractmethod
+    def speed(self, share: float, spent_s: float) -> dict[str, float]:
+        """What is logged of the time that a share of an epoch took: events_per_s, and on CUDA what the
+        devices reached."""
+
 
 class Training:
     """Trains `run` from `progress`, which it keeps up to date."""
@@ -48,7 +69,6 @@ class Training:
     def __init__(self, run: Run, progress: Progress, saver: Saver, stop: StopRequest) -> None:
         self.run, self.progress, self._saver, self._stop = run, progress, saver, stop
         self._saved_step = -1
-        self._flops, self._peak = _flops(run)
         self._saved_at = self._counted_at = time.monotonic()
 
     def train(self) -> None:
@@ -98,7 +118,7 @@ class Training:
         """The steps that are left of an epoch; the last one's loss, and the speed."""
         progress, learner, tracker = self.progress, self.run.learner, self.run.tracker
         learner.model.train()
-        loss, num_steps = math.nan, learner.stream.num_steps(progress.epoch)
+        loss, num_steps = math.nan, learner.num_steps(progress.epoch)
         first, began_at = progress.batch, time.monotonic()
         self._counted_at = began_at
         for index in range(first, num_steps):
@@ -107,8 +127,8 @@ class Training:
             for step in skipped:
                 tracker.log("guard", step, {"skipped": 1})
             if progress.step % self.run.config.train.log_every_steps == 0:
-                imbalance = learner.stream.imbalance(progress.epoch, index)
-                tracker.log("train", progress.step, {"loss": loss, "imbalance": imbalance})
+                told = learner.told_of(Place(progress.epoch, index, progress.step))
+                tracker.log("train", progress.step, {"loss": loss, **told})
             progress.step += 1
             self._bar.update(1)
             progress.batch = index + 1
@@ -121,7 +141,7 @@ class Training:
                 self._end()
         self._count_time()
         share = (num_steps - first) / num_steps
-        return loss, self._speed(share, time.monotonic() - began_at)
+        return loss, self.run.speed(share, time.monotonic() - began_at)
 
     def _end(self) -> None:
         self._saver.wait()
@@ -166,55 +186,21 @@ class Training:
     def _validate(self) -> None:
         """Saves, measures, and moves `best` when the selected validation metric gained."""
         run, progress = self.run, self.progress
-        select = run.config.train.select
         self._save()
-        metrics = evaluate(
-            run.learner.model,
-            run.dataset,
-            "valid",
-            run.config.validation(),
-            run.learner.device,
-            after_batch=self.stop_if_asked,
-        )
-        flat = {f"{part}/{name}": value for part in PARTS for name, value in metrics[part].items()}
-        value = flat[select]
+        metric, value, logged = run.validate(self.stop_if_asked)
         is_better = progress.best is None or value > progress.best
         progress.num_without_gain = 0 if is_better else progress.num_without_gain + 1
         if is_better:
             progress.best, progress.best_epoch = value, progress.epoch
         progress.measured_epoch = progress.epoch
-        bias = seen_bias_of(run.learner)
-        learned = {} if bias is None else {"seen_bias": bias}
-        run.tracker.log("valid", progress.step, {"epoch": progress.epoch, **flat, **learned})
+        run.tracker.log("valid", progress.step, {"epoch": progress.epoch, **logged})
         run.tracker.say(
-            f"epoch {progress.epoch:3d}  step {progress.step}  valid {select} {value:.4f}"
+            f"epoch {progress.epoch:3d}  step {progress.step}  valid {metric} {value:.4f}"
             f"  best {progress.best:.4f} (epoch {progress.best_epoch})  train {progress.train_s:.0f} s"
         )
         saved = self._saver.wait()
         if is_better and saved is not None:
             checkpoint.point(run.checkpoints, "best", saved)
-
-    def _speed(self, share: float, spent_s: float) -> dict[str, float]:
-        """Events a second of that share of an epoch over all ranks; on CUDA also TFLOP/s, their share of what
-        the devices' products reach, and the most GiB held by this rank's tensors so far."""
-        learner = self.run.learner
-        speed = {"events_per_s": share * learner.stream.num_positions / spent_s}
-        if self._peak:
-            speed["tflop_per_s"] = share * self._flops / spent_s / 1e12
-            speed["mfu"] = share * self._flops / spent_s / self._peak
-            speed["peak_gib"] = torch.cuda.max_memory_allocated(learner.device) / 2**30
-        return speed
-
-
-def _flops(run: Run) -> tuple[float, float]:
-    """(FLOPs of an epoch over all ranks, FLOP/s that the ranks' devices reach at most; 0 on CPU)."""
-    stream, device, config = run.learner.stream, run.learner.device, run.config
-    lengths = stream.mean_lengths()
-    costs = history_flops(config.encoder, config.loss, run.dataset.num_items, lengths)
-    if device.type != "cuda":
-        return float(costs.sum()), 0.0
-    dtype = distributed.product_dtype(config.train.precision)
-    return float(costs.sum()), peak_flops(device, dtype) * distributed.world_size()
 
 
 def _shown(speed: dict[str, float]) -> str:

@@ -117,7 +117,7 @@ def warm_start(former: FormerRun, learner: Learner, dataset: Dataset, folder: Pa
         hosts.together(lambda: _continue_calendars(former.checkpoint, periods))
     finally:
         hosts.on_main(lambda: path.unlink(missing_ok=True))
-    learner.continue_at(num_steps)
+    learner.optimizers.continue_at(num_steps)
     return WarmStart(items, num_steps)
 
 

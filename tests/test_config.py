@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hstu_rec.config import (
-    OptimConfig,
     RunConfig,
     differences,
     help_text,
@@ -32,6 +31,7 @@ from hstu_rec.export import ExportConfig
 from hstu_rec.planning import PlannedRun
 from hstu_rec.ranker.config import RankRunConfig
 from hstu_rec.recommending import RecommendConfig
+from hstu_rec.run_config import OptimConfig
 from hstu_rec.settings import hints_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"

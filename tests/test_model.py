@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from hstu_rec.config import OptimConfig, RunConfig, load
+from hstu_rec.config import RunConfig, load
 from hstu_rec.data.batch import SequenceBatch
 from hstu_rec.encoder import HSTUEncoder
 from hstu_rec.encoder_config import EncoderConfig, chosen_kernel
 from hstu_rec.hstu import HSTU
 from hstu_rec.item_table import ItemTable, TableConfig
 from hstu_rec.layer import Dropout
-from hstu_rec.learner import rate_factor
 from hstu_rec.loss import LossConfig, SampledSoftmax
 from hstu_rec.model import NextItemModel
+from hstu_rec.optimizers import rate_factor
+from hstu_rec.run_config import OptimConfig
 from hstu_rec.softmax import Negatives
 from hstu_rec.trainer import train
 from tests.datasets import write_dataset

@@ -20,11 +20,13 @@ from hstu_rec.encoder_config import EncoderConfig
 from hstu_rec.item_table import local_shards
 from hstu_rec.ranker.config import RankRunConfig
 from hstu_rec.ranker.features import EventFeatures, Feature, Task, features_of
+from hstu_rec.ranker.learner import RankLearner
 from hstu_rec.ranker.loading import load_ranker
 from hstu_rec.ranker.model import PooledHistory, RankBatch, RankerConfig, RankingModel, head_of
 from hstu_rec.ranker.scoring import binary_metrics, grouped_auc
-from hstu_rec.ranker.training import RankLearner, train_ranker
+from hstu_rec.ranker.training import train_ranker
 from hstu_rec.ranker.windows import Windows
+from hstu_rec.tracking import read_metrics
 from tests.ranks import run_ranks
 
 DIM = 16
@@ -318,7 +320,7 @@ def test_a_rule_that_the_history_alone_tells_is_learned(tmp_path):
     assert figures["num_events"] == 100 * 4
     report = (tmp_path / "run" / "report.md").read_text()
     assert "rating>=4  test" in report and (tmp_path / "run" / "checkpoints" / "best").is_file()
-    with pytest.raises(ValueError, match="is there and not empty"):
+    with pytest.raises(ValueError, match="holds a run already"):
         train_ranker(load(RankRunConfig, settings))
     check_loaded(tmp_path / "run", Dataset(tmp_path / "data"))
 
@@ -353,6 +355,32 @@ def check_loaded(run, data):
         load_ranker(run)
 
 
+def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(tmp_path, capsys):
+    likes(tmp_path, 30)
+    settings = [*SMALL, f"data.path={tmp_path}/data", "optim.lr=1e-2", "train.patience=0"]
+    whole = [*settings, f"train.run_dir={tmp_path}/whole", "train.max_epochs=4"]
+    wanted = train_ranker(load(RankRunConfig, whole))
+    parts = [*settings, f"train.run_dir={tmp_path}/parts"]
+    train_ranker(load(RankRunConfig, [*parts, "train.max_epochs=2"]))
+    again = [*parts, "train.max_epochs=4", "train.resume=auto"]
+    found = train_ranker(load(RankRunConfig, again))
+    assert "epoch 2, batch 0, step" in capsys.readouterr().out
+    assert found["test"] == wanted["test"] and found["valid"] == wanted["valid"]
+    assert found["timing"]["num_steps"] == wanted["timing"]["num_steps"]
+    losses = [
+        [
+            (row["step"], row["loss"])
+            for row in read_metrics(tmp_path / run)
+            if row["kind"] == "train"
+        ]
+        for run in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1]
+    with pytest.raises(ValueError, match=r"encoder\.dropout was") as caught:
+        train_ranker(load(RankRunConfig, [*again, "encoder.dropout=0.5"]))
+    assert "warm_start" not in str(caught.value)
+
+
 def test_a_task_of_one_label_is_told_before_training(tmp_path):
     likes(tmp_path, 10, 30)
     settings = [*SMALL, f"data.path={tmp_path}/data", f"train.run_dir={tmp_path}/run"]
@@ -366,7 +394,7 @@ def losses_and_figures(path, history):
     learner = RankLearner(
         load(RankRunConfig, settings), Dataset(path / "data"), torch.device("cpu")
     )
-    losses = [learner.step(0, index, index) for index in range(4)]
+    losses = [learner.step(0, index, index).loss for index in range(4)]
     return losses, learner.evaluate("test")["rating>=4"]
 
 

@@ -37,7 +37,15 @@ Sequences = Dataset | SyntheticDataset
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DatasetConfig:
+    """Where the events are."""
+
+    path: str
+    """Dataset folder made by apps/prepare.py."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(DatasetConfig):
     """Where the events are and how they are cut into batches."""
 
     path: str = "data/demo"

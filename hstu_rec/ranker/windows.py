@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hstu_rec import distributed
 from hstu_rec.data.dataset import Dataset
-from hstu_rec.data.stream import Split, deal
+from hstu_rec.data.stream import DatasetConfig, Split, deal
 from hstu_rec.ranker.features import Task
 from hstu_rec.ranker.model import RankBatch, RankerConfig
 from hstu_rec.settings import at_least
@@ -28,7 +28,7 @@ EVAL_WINDOWS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankDataConfig:
+class RankDataConfig(DatasetConfig):
     """Where the events are and how they are cut into batches."""
 
     path: str = "data/ratings"
