@@ -13,7 +13,7 @@ from hstu_rec.data import dataset as dataset_module
 from hstu_rec.data import features as features_module
 from hstu_rec.data.check import check
 from hstu_rec.data.dataset import Dataset
-from hstu_rec.data.prepare import PrepareConfig, prepare
+from hstu_rec.data.prepare import PrepareConfig, prepare, report
 
 NAMES = ["stars", "device"]
 
@@ -63,7 +63,10 @@ def test_every_event_keeps_what_it_carries(tmp_path, kind, chunk_rows, monkeypat
     np.testing.assert_array_equal(found["stars"], ((at % 11) / 2 - 1).astype(np.float32))
     # Texts are places in the order of their bytes: phone, tv, Äpp.
     np.testing.assert_array_equal(found["device"], np.array([0, 2, 1])[at % 3])
-    assert data.stats["features"]["device"] == {"values": ["phone", "tv", "Äpp"]}
+    assert data.stats["features"]["device"] == {
+        "num_missing": 0,
+        "values": ["phone", "tv", "Äpp"],
+    }
     assert data.stats["features"]["stars"]["max"] == 4.0
     part = data.features(users[2:4], none[2:4] + 1, none[2:4] + 3)
     begin = data.starts[2] + 1
@@ -96,10 +99,13 @@ def test_without_features_there_is_no_file(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"stars": pa.array([None, *[1.0] * 199])}, "1 row with null stars"),
-        ({"stars": [float("nan")] * 2 + [1.0] * 198}, "2 rows with unreadable stars"),
+        ({"stars": [-float("inf")] * 2 + [1.0] * 198}, "2 rows with unreadable stars"),
         ({"stars": [1e300] + [1.0] * 199}, "1 row with unreadable stars"),
-        ({"device": ["", *["tv"] * 199]}, "1 row with empty device"),
+        (
+            {"stars": pa.nulls(200, pa.float64())},
+            "feature_columns: 'stars' holds no value; leave it",
+        ),
+        ({"device": [""] * 200}, "feature_columns: 'device' holds no value; leave it out"),
         ({"device": pa.array([0] * 200, pa.timestamp("s"))}, "'device' .* holds timestamps"),
         ({"device": pa.array([[0]] * 200)}, "column 'device' has type"),
     ],
@@ -109,8 +115,42 @@ def test_what_is_no_number_or_text_is_told(tmp_path, changed, told):
         prepared(tmp_path, events(**changed))
 
 
-def test_rows_without_a_feature_can_be_dropped(tmp_path):
-    stars = [float("nan"), *[1.0] * 199]
+@pytest.mark.parametrize("kind", ["parquet", "csv", "json"])
+def test_an_event_may_have_none(tmp_path, kind):
+    table, lacks = events(), np.arange(200) % 7 == 0
+    stars = table["stars"].to_numpy().copy()
+    if kind == "parquet":
+        stars[lacks] = np.nan  # as pandas writes it
+    else:
+        stars = pa.array(stars, mask=lacks)
+    device = pa.array(
+        [("" if i % 2 else None) if i % 5 == 0 else "tv" for i in range(200)], pa.string()
+    )
+    data = prepared(tmp_path, events(stars=stars, device=device), kind)
+    at = table["timestamp"].to_numpy()
+    of_row = {
+        time: (one, i % 5 == 0)
+        for i, (time, one) in enumerate(
+            zip(at, np.where(lacks, np.nan, table["stars"].to_numpy()), strict=True)
+        )
+    }
+    users = np.arange(data.num_users)
+    _, times, _ = data.gather(users, np.zeros_like(users), data.lengths)
+    found = data.features(users, np.zeros_like(users), data.lengths)
+    np.testing.assert_array_equal(found["stars"], [of_row[time][0] for time in times])
+    np.testing.assert_array_equal(
+        found["device"], [np.nan if of_row[time][1] else 0 for time in times]
+    )
+    facts = data.stats["features"]
+    assert facts["device"] == {"num_missing": 40, "values": ["tv"]}
+    assert facts["stars"]["num_missing"] == 29 and facts["stars"]["max"] == 4.0
+    known = table["stars"].to_numpy()[~lacks]
+    assert facts["stars"]["mean"] == pytest.approx(known.mean())
+    assert "missing  stars 29, device 40" in report(data.stats | {"prepare_s": 1.0})
+
+
+def test_rows_with_a_feature_that_is_unreadable_can_be_dropped(tmp_path):
+    stars = [float("inf"), *[1.0] * 199]
     data = prepared(tmp_path, events(stars=stars), bad_rows="drop")
     assert data.stats["dropped"] == {"unreadable stars": 1} and data.num_events == 199
 
@@ -118,7 +158,7 @@ def test_rows_without_a_feature_can_be_dropped(tmp_path):
 def test_texts_that_look_like_no_number_are_texts(tmp_path):
     device = ["NA", "none"] * 100
     data = prepared(tmp_path, events(device=device), "csv")
-    assert data.stats["features"]["device"] == {"values": ["NA", "none"]}
+    assert data.stats["features"]["device"] == {"num_missing": 0, "values": ["NA", "none"]}
     stars = data.stats["features"]["stars"]
     assert (stars["is_whole"], stars["max"]) == (False, 4.0)
 

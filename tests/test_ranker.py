@@ -158,6 +158,25 @@ def test_features_are_told_what_they_may_be():
             features(values, rows)
 
 
+def test_an_event_without_a_value_has_a_vector_of_its_own():
+    features = EventFeatures(
+        [Feature("rating", 6, has_missing=True), Feature("price", 0, 1.0, 4.0, has_missing=True)],
+        DIM,
+    )
+    given = {"rating": torch.tensor([math.nan, 5.0]), "price": torch.tensor([3.0, math.nan])}
+    found = features(given, torch.zeros(2, DIM))
+    rating, price = features.vectors
+    torch.testing.assert_close(found[0], rating[6] + 0.5 * price[0])
+    torch.testing.assert_close(found[1], rating[5] + price[1])
+    found.sum().backward()
+    assert rating.grad is not None and price.grad is not None
+    assert rating.grad.isfinite().all() and price.grad[1].tolist() == [1.0] * DIM
+    with pytest.raises(ValueError, match=r"categories 0\.\.5; got 1 other values, .* \[6\.0\]"):
+        features(given | {"rating": torch.tensor([math.nan, 6.0])}, torch.zeros(2, DIM))
+    with pytest.raises(ValueError, match="'price' must be numbers; got NaN or infinity"):
+        features(given | {"price": torch.tensor([math.nan, math.inf])}, torch.zeros(2, DIM))
+
+
 def test_columns_and_tasks_are_held_against_the_dataset():
     stars = {"min": 1.0, "max": 5.0, "mean": 3.0, "deviation": 1.5, "is_whole": True}
     facts = {"stars": stars, "kind": {"values": ["buy", "view"]}}
@@ -166,6 +185,10 @@ def test_columns_and_tasks_are_held_against_the_dataset():
         Feature("kind", 2),
     ]
     assert features_of(["stars"], [], facts) == [Feature("stars", 0, 3.0, 1.5)]
+    holes = facts | {"stars": stars | {"num_missing": 7}}
+    assert features_of(["stars"], ["stars"], holes) == [Feature("stars", 6, has_missing=True)]
+    with pytest.raises(ValueError, match="7 events have no 'stars', so that nobody knows whether"):
+        Task.of("stars>=4").limit(holes)
     with pytest.raises(ValueError, match="'stars' is from 1 to 5, with fractions; categories are"):
         features_of(["stars"], ["stars"], facts | {"stars": stars | {"is_whole": False}})
     for names, categories, told in [

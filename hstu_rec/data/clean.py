@@ -27,6 +27,7 @@ BANDS = {unit: (10**8 * ticks, 10**10 * ticks) for unit, ticks in TICKS_PER_S.it
 INTEGER = r"(0|-?[1-9][0-9]*)"
 # What programs write into a column of numbers where there is none.
 NO_NUMBER = r"(?i)[-+]?(nan|n/?a|<na>|none|null|inf|infinity)"
+MAX_FEATURE = 3.4e38  # of float32
 NUMBER = r"-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][-+]?[0-9]+)?"
 
 
@@ -301,7 +302,7 @@ def _tie_column(connection: duckdb.DuckDBPyConnection, staged: Staged) -> _Colum
 
 
 def _feature_column(connection: duckdb.DuckDBPyConnection, staged: Staged, role: str) -> _Column:
-    """A number that float32 holds, or a text."""
+    """A number, or a text; NULL where there is none."""
     kind, value = staged.types[role], role
     if kind.startswith("TIMESTAMP"):
         raise ValueError(
@@ -317,7 +318,7 @@ def _feature_column(connection: duckdb.DuckDBPyConnection, staged: Staged, role:
             return _Column(value=text, kind="VARCHAR")
         value = f"TRY_CAST({text} AS DOUBLE)"
     number = f"CAST({value} AS DOUBLE)"
-    return _Column(value=f"CASE WHEN abs({number}) <= 3.4e38 THEN {number} END", kind="DOUBLE")
+    return _Column(value=f"CASE WHEN NOT isnan({number}) THEN {number} END", kind="DOUBLE")
 
 
 def _time_column(connection: duckdb.DuckDBPyConnection, staged: Staged) -> _Column:
@@ -365,6 +366,10 @@ def _bad(staged: Staged, typed: dict[str, _Column], asked: TimeUnit) -> list[_Ba
         tests.append(_Bad("nothing readable", "time", nothing))
     for role, column in typed.items():
         name = staged.columns[role].replace("'", "''")
+        if role.startswith("feature_"):  # which an event need not have
+            if column.kind == "DOUBLE":
+                tests.append(_Bad(f"unreadable {name}", role, f"abs({role}) > {MAX_FEATURE}"))
+            continue
         is_null, is_empty = f"raw_{role} IS NULL", f"trim(raw_{role}) IN ('', '\"\"')"
         is_unreadable = f"{role} IS NULL"
         if column.kind == "DOUBLE":

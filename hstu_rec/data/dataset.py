@@ -238,12 +238,16 @@ class Dataset:
     def features(
         self, users: np.ndarray, begins: np.ndarray, ends: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """float32 [T] of each of `feature_names`, for the events that `gather` gives; raises as it does."""
+        """float32 [T] of each of `feature_names`, for the events that `gather` gives, NaN where an event has
+        none; raises as it does."""
         self._files.check()
         rows, _ = places_of(self.starts[users] + begins, ends - begins)
         found = {name: _take(chunks, rows) for name, chunks in self._features.items()}
+        facts = self.stats["features"] if found else {}
         for name, values in found.items():
-            if not np.isfinite(values).all():
+            may_lack = facts[name].get("num_missing", 0) > 0
+            is_odd = np.isinf(values) if may_lack else ~np.isfinite(values)
+            if is_odd.any():
                 self._refuse(FEATURES, f"column {name!r} holds NaN or infinity")
         return found
 

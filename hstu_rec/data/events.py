@@ -155,7 +155,7 @@ def order(
         raise ValueError(f"{num_items:,} items are more than {MAX_ITEMS:,}; raise min_item_events")
     if train_end != "count(*)":
         _check_targets(connection, cut)
-    also = "".join(f", e.{role}::FLOAT AS {role}" for role in features)
+    also = "".join(f", coalesce(e.{role}, 'nan')::FLOAT AS {role}" for role in features)
     return (
         f"SELECT i.place::INTEGER AS item, ({cleaned.seconds})::BIGINT AS timestamp, time{also} "
         "FROM events e JOIN items i ON e.item = i.code "

@@ -1,7 +1,7 @@
 """What events carry beside item and time: prepare's feature_columns, for ranking models.
 
-features.arrow   one row an event, in the order of events.arrow; float32 columns by name. A text is its place
-                 among the column's values, which stats.json lists, by bytes.
+features.arrow   one row an event, in the order of events.arrow; float32 columns by name, NaN where an event
+                 has none. A text is its place among the column's values, which stats.json lists, by bytes.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ def number_texts(connection: duckdb.DuckDBPyConnection, roles: dict[str, str]) -
             continue
         connection.execute(
             f"CREATE TABLE values_{role} AS SELECT row_number() OVER () - 1 AS place, value "
-            f"FROM (SELECT DISTINCT {role} AS value FROM kept ORDER BY value)"
+            f"FROM (SELECT DISTINCT {role} AS value FROM kept WHERE {role} IS NOT NULL ORDER BY value)"
         )
         count = scalar(connection, f"SELECT count(*) FROM values_{role}")
         if count > MAX_VALUES:
@@ -45,14 +45,21 @@ def number_texts(connection: duckdb.DuckDBPyConnection, roles: dict[str, str]) -
 
 
 def facts_of(connection: duckdb.DuckDBPyConnection, roles: dict[str, str]) -> dict[str, Any]:
-    """What stats.json tells of the features of the table `events`, by name: the values of texts; of numbers
-    the least, the largest, mean and deviation, and whether all are whole."""
+    """What stats.json tells of the features of the table `events`, by name: how many events have none; the
+    values of texts; of numbers the least, the largest, mean and deviation, and whether all are whole.
+
+    Raises ValueError for a column that no event has.
+    """
     tables = {name for (name, *_) in connection.execute("SHOW TABLES").fetchall()}
     found: dict[str, Any] = {}
     for role, name in roles.items():
+        num_events, num_values = row(connection, f"SELECT count(*), count({role}) FROM events")
+        if not num_values:
+            raise ValueError(f"feature_columns: {name!r} holds no value; leave it out")
+        found[name] = {"num_missing": num_events - num_values}
         if f"values_{role}" in tables:
             values = connection.execute(f"SELECT value FROM values_{role} ORDER BY place")
-            found[name] = {"values": [value for (value,) in values.fetchall()]}
+            found[name] |= {"values": [value for (value,) in values.fetchall()]}
         else:
             marks = row(
                 connection,
@@ -60,5 +67,5 @@ def facts_of(connection: duckdb.DuckDBPyConnection, roles: dict[str, str]) -> di
                 f"bool_and({role} = floor({role})) FROM events",
             )
             names = "min", "max", "mean", "deviation", "is_whole"
-            found[name] = dict(zip(names, marks, strict=True))
+            found[name] |= dict(zip(names, marks, strict=True))
     return found

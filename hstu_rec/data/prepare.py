@@ -261,12 +261,21 @@ def report(stats: dict[str, Any]) -> str:
             f"{stats['tie_last_two_share']:.1%} of users",
             *([repeated] if stats["duplicates"] else []),
             f"dropped  {dropped}",
+            *_missing(stats),
             *_titles(stats),
             f"split    {split}: {stats['valid_targets']:,} validation and "
             f"{stats['test_targets']:,} test targets",
             f"took     {stats['prepare_s']:.1f} s ({rate:,.0f} rows/s)",
         )
     )
+
+
+def _missing(stats: dict[str, Any]) -> list[str]:
+    """How many events lack what feature_columns name, a line, or none where all have it."""
+    facts = stats.get("features", {})
+    counts = {name: one["num_missing"] for name, one in facts.items() if one["num_missing"]}
+    told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    return [f"missing  {told}"] if told else []
 
 
 def _titles(stats: dict[str, Any]) -> list[str]:

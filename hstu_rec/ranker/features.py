@@ -27,6 +27,8 @@ class Feature:
     center: float = 0.0
     scale: float = 1.0
     """Of a number, what it is lessened by and then divided by; MAX_DEVIATIONS at most is left."""
+    has_missing: bool = False
+    """Events may have none, which is NaN and has a vector of its own."""
 
 
 class EventFeatures(nn.Module):
@@ -36,7 +38,8 @@ class EventFeatures(nn.Module):
         super().__init__()
         self.features = features
         self.vectors = nn.ParameterList(
-            nn.Parameter(torch.randn(one.num_categories or 1, dim) * INIT_STD) for one in features
+            nn.Parameter(torch.randn((one.num_categories or 1) + one.has_missing, dim) * INIT_STD)
+            for one in features
         )
 
     def forward(self, values: Mapping[str, Tensor], like: Tensor) -> Tensor:
@@ -56,16 +59,18 @@ class EventFeatures(nn.Module):
                     f"feature '{feature.name}' must be [{len(like)}], a value an event; got "
                     f"{[*given.shape]}"
                 )
+            is_missing = given.isnan() & feature.has_missing
+            known = torch.where(is_missing, 0, given)
             if feature.num_categories:
-                total = total + vectors[self._categories(feature, given)]
+                own = vectors[self._categories(feature, known)]
             else:
-                if not given.isfinite().all():
+                if not known.isfinite().all():
                     raise ValueError(
                         f"feature '{feature.name}' must be numbers; got NaN or infinity"
                     )
-                number = (given.to(like.dtype) - feature.center) / feature.scale
-                number = number.clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
-                total = total + number[:, None] * vectors
+                number = (known.to(like.dtype) - feature.center) / feature.scale
+                own = number.clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)[:, None] * vectors[:1]
+            total = total + torch.where(is_missing[:, None], vectors[-1], own)
         return total
 
     def _categories(self, feature: Feature, given: Tensor) -> Tensor:
@@ -94,8 +99,9 @@ def features_of(names: list[str], categories: list[str], facts: dict[str, Any]) 
                 f"'feature_columns=[{name}]'"
             )
         one = facts[name]
+        has_missing = one.get("num_missing", 0) > 0
         if "values" in one:
-            found.append(Feature(name, len(one["values"])))
+            found.append(Feature(name, len(one["values"]), has_missing=has_missing))
         elif name in categories:
             if one["min"] < 0 or one["max"] >= MAX_CATEGORIES or not one["is_whole"]:
                 kind = "" if one["is_whole"] else ", with fractions"
@@ -103,9 +109,10 @@ def features_of(names: list[str], categories: list[str], facts: dict[str, Any]) 
                     f"ranker.categories: '{name}' is from {one['min']:g} to {one['max']:g}{kind}; categories "
                     f"are whole numbers from 0 to {MAX_CATEGORIES - 1}"
                 )
-            found.append(Feature(name, int(one["max"]) + 1))
+            found.append(Feature(name, int(one["max"]) + 1, has_missing=has_missing))
         else:
-            found.append(Feature(name, 0, one["mean"], one["deviation"] or 1.0))
+            scale = one["deviation"] or 1.0
+            found.append(Feature(name, 0, one["mean"], scale, has_missing))
     if unknown := [name for name in categories if name not in names]:
         raise ValueError(
             f"ranker.categories {', '.join(unknown)} is none of the columns that are used: "
@@ -133,7 +140,13 @@ class Task:
 
     def limit(self, facts: dict[str, Any]) -> float:
         """The number that the column is compared with. Raises ValueError for what it never is."""
-        values = facts.get(self.column, {}).get("values")
+        facts_of = facts.get(self.column, {})
+        if missing := facts_of.get("num_missing", 0):
+            raise ValueError(
+                f"task '{self.text}': {missing:,} events have no '{self.column}', so that nobody knows "
+                "whether they are so; prepare a table without these rows"
+            )
+        values = facts_of.get("values")
         if values is None:
             try:
                 return float(self.value)
