@@ -5,7 +5,6 @@ recommend, similar_items, evaluate                                              
 save(folder), load(folder)                   a bundle (hstu_rec.bundle)
 """
 
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,17 +14,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hstu_rec import distributed, hosts
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.histories import OnUnknown, rows_of
 from hstu_rec.data.own_ids import IdIndex, typed_ids
-from hstu_rec.data.prepare import PrepareConfig, prepare
 from hstu_rec.data.tables import Columns, TableKind, arrow_of, as_kind, kind_of_table, read_parquet
 from hstu_rec.export import ExportConfig, export, serve_run
+from hstu_rec.prepared import prepare_in
 from hstu_rec.serving import ServingModel, load_bundle
+from hstu_rec.settings import assignments
 from hstu_rec.trainer import train
 
 T = TypeVar("T")
@@ -150,7 +149,7 @@ class Recommender:
         with distributed.process_group(self._config().train.device):
             root = hosts.on_main(lambda: self._folder_of(folder))
             data, run = root / "data", root / "run"
-            hosts.on_main(lambda: _prepare_in(root, events, columns, prepare_settings or {}))
+            hosts.on_main(lambda: prepare_in(root, events, columns, prepare_settings or {}))
             config = self._config(data, run)
             self.result: dict[str, Any] = train(config)
             hosts.together(lambda: self._take(_served(run), columns, Dataset(data)))
@@ -283,9 +282,10 @@ class Recommender:
             if "loss.negatives" not in settings:
                 is_small = Dataset(data).num_items <= MAX_EXACT_ITEMS
                 settings |= EXACT if is_small else SAMPLED
-            settings |= {"data.path": data, "train.run_dir": run, "train.resume": "auto"}
+            resume = "auto" if run.exists() else "none"
+            settings |= {"data.path": data, "train.run_dir": run, "train.resume": resume}
         settings |= self._settings
-        return load(RunConfig, [f"{key}={_as_text(value)}" for key, value in settings.items()])
+        return load(RunConfig, assignments(settings))
 
     def _kind_for(self, histories: Any) -> TableKind:
         return kind_of_table(histories) if _is_table(histories) else self._kind
@@ -330,48 +330,7 @@ def _columns(user: str, item: str, time: str) -> Columns:
 
 def _is_table(value: Any) -> bool:
     """Whether it has columns, and is no list of ids."""
-    return isinstance(value, Mapping) or hasattr(value, "columns")
-
-
-def _prepare_in(root: Path, events: Any, columns: Columns, settings: Mapping[str, Any]) -> None:
-    """Makes `root`/data, or leaves it where a run of the same events is there. Raises ValueError for a run of
-    others, of which nothing is changed."""
-    data, made = root / "data", root / "data.new"
-    _prepare(events, made, columns, settings)
-    if (root / "run").exists() and data.exists():
-        is_same = Dataset(made).identity == Dataset(data).identity
-        shutil.rmtree(made)
-        if not is_same:
-            raise ValueError(
-                f"folder={root} holds a fit to other events, or to the same prepared otherwise; give another "
-                "folder, or remove this one"
-            )
-        return
-    if data.exists():
-        shutil.rmtree(data)
-    made.rename(data)
-
-
-def _prepare(events: Any, data: Path, columns: Columns, settings: Mapping[str, Any]) -> None:
-    """Makes the dataset folder `data`."""
-    names = {
-        "user_column": columns.user,
-        "item_column": columns.item,
-        "time_column": columns.time,
-        "overwrite": True,
-    }
-    texts = [f"{key}={_as_text(value)}" for key, value in (names | dict(settings)).items()]
-    config = load(PrepareConfig, texts)
-    if isinstance(events, str | Path):
-        prepare(config, events, data)
-        return
-    table = arrow_of(events)
-    if not settings:
-        columns.standard(table)  # its sentence is of tables
-    data.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".events-", dir=data.parent) as folder:
-        pq.write_table(table, Path(folder) / "events.parquet")
-        prepare(config, Path(folder) / "events.parquet", data)
+    return isinstance(value, Mapping) or hasattr(type(value), "columns")
 
 
 def _served(run: Path) -> ServingModel:
@@ -388,8 +347,3 @@ def _save(source: Path, folder: Path, about: ExportConfig, columns: dict[str, st
     if folder.exists():
         raise ValueError(f"{folder} is there already; remove it, or give another folder")
     shutil.copytree(source, folder)
-
-
-def _as_text(value: Any) -> str:
-    """A value as it is written behind key=."""
-    return str(value) if isinstance(value, str | Path) else json.dumps(value)

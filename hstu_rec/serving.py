@@ -110,6 +110,8 @@ class ServingModel:
         missing, of no use, or before a user's newest event.
         """
         _check_k(k)
+        if not isinstance(filter_seen, bool | np.bool_):
+            raise ValueError(f"filter_seen must be True or False; got {filter_seen!r}")
         chosen = self._chosen(candidates, on_unknown)
         histories = read_histories(events, self.items, on_unknown)
         return self.recommend_to(

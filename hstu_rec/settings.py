@@ -7,9 +7,11 @@ NaN is within no limit, and infinity within none.
 """
 
 import difflib
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
@@ -150,3 +152,11 @@ def did_you_mean(given: str, allowed: list[str]) -> str:
     """'; did you mean ...?' with the nearest of `allowed`, if one is near."""
     near = difflib.get_close_matches(given, allowed, 1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def assignments(values: Mapping[str, Any]) -> list[str]:
+    """Settings as one writes them, `key=value` each, for hstu_rec.config.load."""
+    return [
+        f"{key}={value if isinstance(value, str | Path) else json.dumps(value)}"
+        for key, value in values.items()
+    ]

@@ -126,7 +126,8 @@ class Training:
             loss, asked, skipped = learner.step(progress.epoch, index, progress.step, asked)
             for step in skipped:
                 tracker.log("guard", step, {"skipped": 1})
-            if progress.step % self.run.config.train.log_every_steps == 0:
+            is_last = index + 1 == num_steps
+            if is_last or progress.step % self.run.config.train.log_every_steps == 0:
                 told = learner.told_of(Place(progress.epoch, index, progress.step))
                 tracker.log("train", progress.step, {"loss": loss, **told})
             progress.step += 1

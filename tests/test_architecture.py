@@ -23,7 +23,7 @@ LAYERS = [
     {"learner"},
     {"any_learner"},
     {"pipeline"},
-    {"graphs", "memory", "optimizers"},
+    {"graphs", "memory", "optimizers", "prepared"},
     {"config", "comparison", "run_folder"},
     {"report", "baselines", "top_lists", "run_config"},
     {"evaluator", "serving", "asked", "program"},

@@ -204,6 +204,8 @@ def test_unknown_users_obey_the_policy(model):
         model.recommend([1, 2])
     with pytest.raises(ValueError, match="must be a list or an array of own ids; got 7"):
         model.recommend(7)
+    with pytest.raises(ValueError, match="filter_seen must be True or False; got 'no'"):
+        model.recommend(table(3), filter_seen="no")
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,16 @@ def test_values_that_no_model_has_are_refused_before_anything_is_read(given, tol
             "each of one type",
         ),
         (7, "events must be a DataFrame of pandas or polars, .*; got int"),
-        (table(9).slice(0, 0), "rows"),
+        (table(9).slice(0, 0), "^there are no rows in the table; give"),
+        (
+            {"user_id": [1, None], "item_id": [1, 2], "timestamp": [1, 2]},
+            "^the table: 1 row with null user_id, first in row 2 of it; mend .*bad_rows=drop "
+            r"\(bad_rows: in fit's prepare_settings\)$",
+        ),
+        (
+            polars.LazyFrame({"user_id": [1]}),
+            r"a LazyFrame, which has no rows yet; give .* collect\(\)",
+        ),
     ],
 )
 def test_tables_that_cannot_be_learnt_from_are_told(events, told):

@@ -62,6 +62,10 @@ def arrow_of(table: Any) -> pa.Table:
     is_table = isinstance(table, Mapping | pa.Table | pa.RecordBatch) or hasattr(
         table, "__arrow_c_stream__"
     )
+    if type(table).__name__ == "LazyFrame":  # of polars, whose columns are there and values are not
+        raise ValueError(
+            "events are a LazyFrame, which has no rows yet; give what its collect() returns"
+        )
     if not is_table and kind_of_table(table) == "arrow":
         raise ValueError(
             "events must be a DataFrame of pandas or polars, an Arrow table, columns by name, or a path of "
