@@ -342,7 +342,12 @@ def test_a_rule_that_the_history_alone_tells_is_learned(tmp_path):
     assert figures["auc"] > 0.97 and figures["gauc"] > 0.97 and figures["ne"] < 0.5
     assert figures["num_events"] == 100 * 4
     report = (tmp_path / "run" / "report.md").read_text()
-    assert "rating>=4  test" in report and (tmp_path / "run" / "checkpoints" / "best").is_file()
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        "](curves.png)" in report
+        and "rating>=4  test" in report
+        and (tmp_path / "run" / "checkpoints" / "best").is_file()
+    )
     with pytest.raises(ValueError, match="holds a run already"):
         train_ranker(load(RankRunConfig, settings))
     check_loaded(tmp_path / "run", Dataset(tmp_path / "data"))

@@ -14,6 +14,7 @@ from hstu_rec.checkpoint import Saver
 from hstu_rec.config import leaves, save, to_yaml
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.stream import Split
+from hstu_rec.drawing import draw_curves
 from hstu_rec.durable import write_file
 from hstu_rec.ranker.config import RankRunConfig
 from hstu_rec.ranker.learner import RankLearner
@@ -23,11 +24,13 @@ from hstu_rec.run_folder import of_this_job, run_folder
 from hstu_rec.signals import StopRequest
 from hstu_rec.starts import load_best, start_of
 from hstu_rec.trackers import check_installed
-from hstu_rec.tracking import Tracker
+from hstu_rec.tracking import Tracker, read_metrics
 from hstu_rec.training import Run, Training, Validation
 from hstu_rec.versions import versions
 
 FIGURES = ("auc", "ne", "gauc")
+# What chooses the model, of validation.
+SELECTED = "mean AUC"
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class RankRun(Run):
         """Figures of every task; the mean AUC chooses."""
         figures = self.learner.evaluate("valid", after_batch)
         mean = sum(one["auc"] for one in figures.values()) / len(figures)
-        return Validation("AUC", mean, _flat(figures))
+        return Validation(SELECTED, mean, {SELECTED: mean, **_flat(figures)})
 
     def speed(self, share: float, spent_s: float) -> dict[str, float]:
         """Events a second of that share of an epoch over all ranks."""
@@ -51,9 +54,9 @@ class RankRun(Run):
 def train_ranker(config: RankRunConfig) -> dict[str, Any]:
     """Trains, evaluates and reports; returns what result.json holds. Collective.
 
-    The folder ends with report.md, result.json, metrics.jsonl, config.yaml and the checkpoints. Raises
-    ValueError on all ranks for what is wrong with the settings or the data, and FloatingPointError for a step
-    that is not finite, which has changed nothing.
+    The folder ends with report.md, curves.png, result.json, metrics.jsonl, config.yaml and the checkpoints.
+    Raises ValueError on all ranks for what is wrong with the settings or the data, and FloatingPointError for
+    a step that is not finite, which has changed nothing.
     """
     made_with = versions()
     with distributed.process_group(config.train.device) as device:
@@ -119,7 +122,7 @@ def _result(run: RankRun, progress: Progress, after_batch: Callable[[], None]) -
         "protocol": {
             "split": run.dataset.stats["split"],
             "tasks": run.config.ranker.tasks,
-            "selection_metric": "validation AUC, mean over tasks",
+            "selection_metric": SELECTED,
         },
         **{split: run.learner.evaluate(split, after_batch) for split in names},
         "timing": timing,
@@ -172,10 +175,13 @@ def table_of(result: dict[str, Any]) -> str:
 def _write(folder: Path, result: dict[str, Any], config: RankRunConfig) -> None:
     text = json.dumps(result, indent=2, allow_nan=False)
     write_file(folder / "result.json", (text + "\n").encode())
+    write_file(folder / "curves.png", draw_curves(read_metrics(folder), SELECTED))
     report = (
         f"# {folder.name}\n\n```text\n{table_of(result)}\n```\n\nauc: ties half. ne: cross entropy over that "
         "of the mean label; below 1 is better. gauc: mean of users' own AUCs, by their events.\n\n"
         f"Best epoch {result['timing']['best_epoch']} of {result['timing']['num_epochs']}, "
-        f"{result['timing']['train_s']} s.\n\n```yaml\n{to_yaml(config)}```\n"
+        f"{result['timing']['train_s']} s of training.\n\n"
+        f"![Training loss by step; validation {SELECTED} by epoch](curves.png)\n\n"
+        f"```yaml\n{to_yaml(config)}```\n"
     )
     write_file(folder / "report.md", report.encode())
