@@ -74,10 +74,6 @@ class Optimizers:
         self._adam.step()
         self._adam.zero_grad()
 
-    def zero_grad(self) -> None:
-        """Forgets the dense gradients of a step that was not finished."""
-        self._adam.zero_grad()
-
     def continue_at(self, step: int) -> None:
         """Tells the rows' optimizer how many steps its loaded state has seen (Adam's correction)."""
         self._fused.set_optimizer_step(step)

@@ -70,7 +70,7 @@ class AnyTrainConfig:
     run_dir: str = ""
     """Folder of the run; `runs/<time>-<name>` when empty."""
     log_every_steps: int = 50
-    """Steps between rows of metrics.jsonl."""
+    """Steps between rows of metrics.jsonl, beside that of an epoch's last step."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a sentence each."""

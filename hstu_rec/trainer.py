@@ -11,23 +11,22 @@ from typing import Any
 
 import torch
 
-from hstu_rec import checkpoint, distributed, hosts, lock, resuming
-from hstu_rec.checkpoint import Saver
+from hstu_rec import checkpoint, distributed, hosts, resuming
 from hstu_rec.comparison import rows_beside
-from hstu_rec.config import PARTS, RunConfig, leaves, save, to_yaml
+from hstu_rec.config import PARTS, RunConfig, to_yaml
 from hstu_rec.data.stream import Sequences, check_frequent, open_dataset
 from hstu_rec.evaluator import evaluate
 from hstu_rec.flops import history_flops, peak_flops
 from hstu_rec.learner import Learner, check_graphs, resolved
 from hstu_rec.report import metric_table, write_report
 from hstu_rec.results import result_of, seen_bias_of
-from hstu_rec.run_folder import of_this_job, run_folder
+from hstu_rec.resuming import Progress
+from hstu_rec.run_folder import run_folder
+from hstu_rec.running import opened_alike, run_through, settled
 from hstu_rec.runs import measured_config
-from hstu_rec.signals import StopRequest
-from hstu_rec.starts import load_best, start_of
-from hstu_rec.trackers import check_installed
+from hstu_rec.starts import start_of
 from hstu_rec.tracking import Tracker
-from hstu_rec.training import Run, Training, Validation
+from hstu_rec.training import Run, Validation
 from hstu_rec.versions import versions
 
 
@@ -37,6 +36,35 @@ class NextItemRun(Run):
 
     config: RunConfig
     learner: Learner
+    beside: dict[str, Any]
+    """Rows of eval.compare_with."""
+
+    def begin(self) -> None:
+        """Measures what the devices reach, while nothing else is on them."""
+        _ = self._flops
+
+    def opening(self) -> str:
+        """The data, the model, and how it is trained."""
+        learner, config, dataset = self.learner, self.config, self.dataset
+        num_dense = sum(one.numel() for one in learner.dense)
+        table_mib = dataset.num_items * config.encoder.dim * 4 / 2**20
+        loss = config.loss
+        count = "" if loss.negatives in ("all", "in_batch") else f" {loss.num_negatives}"
+        return "\n".join(
+            [
+                f"run         {self.folder}",
+                f"data        {dataset.path}: {dataset.num_users:,} users, {dataset.num_items:,} items, "
+                f"{dataset.num_events:,} events",
+                _histories(config, learner),
+                f"model       {config.encoder.attention} attention, {num_dense:,} dense parameters, "
+                f"item table {table_mib:.2f} MiB over {distributed.world_size()} ranks",
+                f"sharding    {config.table.sharding}, {config.table.optimizer} in the backward pass",
+                f"loss        softmax, negatives {loss.negatives}{count}, {loss.similarity}"
+                + (", seen bias" if loss.use_seen_bias else ""),
+                f"device      {learner.device}, {distributed.world_size()} processes, "
+                f"{config.train.precision}, attention kernel {learner.encoder.attention_kernel()}",
+            ]
+        )
 
     def validate(self, after_batch: Callable[[], None]) -> Validation:
         """Recall, NDCG and MRR of the validation targets."""
@@ -62,14 +90,34 @@ class NextItemRun(Run):
 
     @cached_property
     def _flops(self) -> tuple[float, float]:
-        """(FLOPs of an epoch over all ranks, FLOP/s that the ranks' devices reach at most; 0 on CPU)."""
+        """(FLOPs of an epoch over all ranks, FLOP/s that the ranks' devices reach at most); 0 on CPU."""
         learner, config = self.learner, self.config
+        if learner.device.type != "cuda":
+            return 0.0, 0.0
         lengths = learner.stream.mean_lengths()
         costs = history_flops(config.encoder, config.loss, self.dataset.num_items, lengths)
-        if learner.device.type != "cuda":
-            return float(costs.sum()), 0.0
         dtype = distributed.product_dtype(config.train.precision)
         return float(costs.sum()), peak_flops(learner.device, dtype) * distributed.world_size()
+
+    def result(self, progress: Progress, after_batch: Callable[[], None]) -> dict[str, Any]:
+        """Metrics of both splits, baselines, groups, lists, and the rows beside them."""
+        learner, dataset = self.learner, self.dataset
+        found = result_of(self.config, learner, dataset, progress, self.made_with, after_batch)
+        found["further"] |= self.beside
+        return found
+
+    def test_figures(self, result: dict[str, Any]) -> dict[str, float]:
+        """seen_masked/recall@10, ..."""
+        return {
+            f"{part}/{name}": value
+            for part, values in result["test"].items()
+            for name, value in values.items()
+        }
+
+    def write_report(self, result: dict[str, Any]) -> None:
+        """report.md, its pictures and result.json; prints the table of the test."""
+        write_report(self.folder, result, to_yaml(self.config))
+        print(f"\n{metric_table(result)}\n\nrun folder: {self.folder}", flush=True)
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -79,11 +127,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     made_with = versions()  # now, because the source may change while it trains
     with distributed.process_group(config.train.device) as device:
-        if begun := of_this_job(config.train):
-            train = replace(config.train, run_dir=str(begun), resume="auto")
-            config = replace(config, train=train)
-        hosts.on_main(lambda: check_installed(config.tracking.to))
-        dataset = _opened(config, made_with)
+        config = settled(config)
+        dataset = opened_alike(config, made_with, lambda: _opened(config))
         beside = _beside(config, dataset)
         # Before anything is written:
         folder = run_folder(config.train, config.name)
@@ -91,36 +136,12 @@ def train(config: RunConfig) -> dict[str, Any]:
         config = resolved(config, dataset, start.encoder)
         start.check(config, dataset)
         check_graphs(config, device)
-        hosts.make_shared(folder, "train.run_dir")
-        with (
-            lock.only_run_in(folder),
-            StopRequest() as stop,
-            Tracker(folder, distributed.is_main(), config.tracking) as tracker,
-            Saver(folder / "checkpoints", config.checkpoint) as saver,
-        ):
-            hosts.on_main(lambda: tracker.begin(folder.name, leaves(config)))
+
+        def run_of(tracker: Tracker) -> NextItemRun:
             learner = Learner(config, dataset, device)
-            tracker.say(_opening(config, dataset, learner, folder))
-            for sentence in start.told:
-                tracker.say(sentence)
-            run = NextItemRun(config, folder, dataset, learner, tracker, made_with)
-            progress = start.begin(run)
-            # Now that a checkpoint fits: those of a folder are of its configuration.
-            hosts.on_main(lambda: save(config, folder / "config.yaml"))
-            training = Training(run, progress, saver, stop)
-            training.train()
-            load_best(run)
-            result = result_of(
-                config, learner, dataset, progress, made_with, training.stop_if_asked
-            )
-            result["further"] |= beside
-            tracker.log("test", progress.step, result["test"]["seen_allowed"])
-            tracker.summarise(_summary(result))
-        if distributed.is_main():
-            write_report(folder, result, to_yaml(config))
-            print(f"\n{metric_table(result)}\n\nrun folder: {folder}", flush=True)
-        distributed.barrier()
-        return result
+            return NextItemRun(config, folder, dataset, learner, tracker, made_with, beside)
+
+        return run_through(config, folder, start, run_of)
 
 
 def _beside(config: RunConfig, dataset: Sequences) -> dict[str, Any]:
@@ -132,16 +153,6 @@ def _beside(config: RunConfig, dataset: Sequences) -> dict[str, Any]:
     )
 
 
-def _summary(result: dict[str, Any]) -> dict[str, float]:
-    """The final figures, by name."""
-    test = {
-        f"test/{part}/{name}": value
-        for part, values in result["test"].items()
-        for name, value in values.items()
-    }
-    return test | {"train_s": result["timing"]["train_s"]}
-
-
 def evaluate_run(folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Validation and test metrics of a finished run's best checkpoint, at any world size. Collective.
 
@@ -151,7 +162,7 @@ def evaluate_run(folder: Path, overrides: list[str]) -> dict[str, Any]:
         configs = hosts.together(lambda: measured_config(folder, overrides))
         config = configs[distributed.rank()]
         device = hosts.together(lambda: distributed.start(config.train.device))[distributed.rank()]
-        dataset = _opened(config, versions())
+        dataset = opened_alike(config, versions(), lambda: _opened(config))
         beside = _beside(config, dataset)
         # Of how it was trained; here it need not be a GPU.
         train = replace(config.train, cuda_graphs=False, compile=False)
@@ -163,20 +174,10 @@ def evaluate_run(folder: Path, overrides: list[str]) -> dict[str, Any]:
         return result
 
 
-def _opened(config: RunConfig, made_with: dict[str, str | None]) -> Sequences:
-    """The dataset. Raises ValueError on all ranks when one has none, or other settings, code or data."""
-    hosts.check_alike("the settings", leaves(config), "give every process the same")
-    hosts.check_alike("the versions", made_with, "install and check out the same on every host")
-    datasets: list[Sequences] = []
-    hosts.together(lambda: datasets.append(open_dataset(config.data)))
-    (dataset,) = datasets
+def _opened(config: RunConfig) -> Sequences:
+    dataset = open_dataset(config.data)
     if least := config.eval.min_train_count:
-        hosts.together(lambda: check_frequent(dataset, least))
-    hosts.check_alike(
-        f"the data in data.path {dataset.path}",
-        dataset.identity,
-        "copy the folder of one host to the others, or share it",
-    )
+        check_frequent(dataset, least)
     return dataset
 
 
@@ -186,26 +187,3 @@ def _histories(config: RunConfig, learner: Learner) -> str:
     num_cut = int((stream.dataset.train_ends[stream.users] - 1 > longest).sum())
     trained = f"{num_cut:,} of {len(stream.users):,} that are trained on have more"
     return f"histories   the newest {longest} events; {trained}"
-
-
-def _opening(config: RunConfig, dataset: Sequences, learner: Learner, folder: Path) -> str:
-    """What a run says before it starts."""
-    num_dense = sum(p.numel() for p in learner.dense)
-    table_mib = dataset.num_items * config.encoder.dim * 4 / 2**20
-    loss = config.loss
-    count = "" if loss.negatives in ("all", "in_batch") else f" {loss.num_negatives}"
-    return "\n".join(
-        [
-            f"run         {folder}",
-            f"data        {dataset.path}: {dataset.num_users:,} users, {dataset.num_items:,} items, "
-            f"{dataset.num_events:,} events",
-            _histories(config, learner),
-            f"model       {config.encoder.attention} attention, {num_dense:,} dense parameters, "
-            f"item table {table_mib:.2f} MiB over {distributed.world_size()} ranks",
-            f"sharding    {config.table.sharding}, {config.table.optimizer} in the backward pass",
-            f"loss        softmax, negatives {loss.negatives}{count}, {loss.similarity}"
-            + (", seen bias" if loss.use_seen_bias else ""),
-            f"device      {learner.device}, {distributed.world_size()} processes, "
-            f"{config.train.precision}, attention kernel {learner.encoder.attention_kernel()}",
-        ]
-    )

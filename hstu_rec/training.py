@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -54,13 +54,32 @@ class Run(ABC):
         return self.folder / "checkpoints"
 
     @abstractmethod
+    def opening(self) -> str:
+        """What is said before the first step."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """What is done before the first step, once the model is that of the run. Collective."""
+
+    @abstractmethod
     def validate(self, after_batch: Callable[[], None]) -> Validation:
         """Measures the model; `after_batch` is called by all ranks alike. Collective."""
 
     @abstractmethod
     def speed(self, share: float, spent_s: float) -> dict[str, float]:
-        """What is logged of the time that a share of an epoch took: events_per_s, and on CUDA what the
-        devices reached."""
+        """What is logged of the time that a share of an epoch took, events_per_s among it."""
+
+    @abstractmethod
+    def result(self, progress: Progress, after_batch: Callable[[], None]) -> dict[str, Any]:
+        """The final figures of the model, as result.json holds them. Collective, as `validate`."""
+
+    @abstractmethod
+    def test_figures(self, result: dict[str, Any]) -> dict[str, float]:
+        """Those of the test split, by name."""
+
+    @abstractmethod
+    def write_report(self, result: dict[str, Any]) -> None:
+        """Writes and prints what the run has come to; by one process."""
 
 
 class Training:

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "hstu_rec"
 LAYERS = [
     {"benchmarks", "recommender", "ranker"},
     {"trainer", "quality"},
+    {"running"},
     {"starts", "results"},
     {"training"},
     {"recommending"},

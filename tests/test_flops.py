@@ -5,9 +5,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hstu_rec import trainer
+from hstu_rec.config import RunConfig, load
 from hstu_rec.encoder import EncoderConfig, HSTUEncoder
 from hstu_rec.flops import encoder_flops, loss_flops
+from hstu_rec.learner import Learner
 from hstu_rec.loss import LossConfig
+from tests.datasets import write_dataset
 
 LENGTHS = [1, 7, 4]
 CONFIGS = {
@@ -40,3 +44,14 @@ def test_a_loss_has_three_products_of_positions_and_candidates():
             3 * 2 * 8 * 10 * count,
             0,
         ]
+
+
+def test_what_the_device_reaches_is_measured_before_the_first_step(tmp_path, monkeypatch):
+    dataset = write_dataset(tmp_path / "data", [[0, 1, 2, 3]] * 4, num_items=4)
+    told = []
+    step = Learner.step
+    monkeypatch.setattr(trainer.NextItemRun, "begin", lambda run: told.append("measured"))
+    monkeypatch.setattr(Learner, "step", lambda *given: told.append("step") or step(*given))
+    settings = [f"data.path={dataset.path}", f"train.run_dir={tmp_path}/run", "train.max_epochs=1"]
+    trainer.train(load(RunConfig, [*settings, "encoder.dim=8", "train.device=cpu"]))
+    assert told[:2] == ["measured", "step"] and told.count("measured") == 1

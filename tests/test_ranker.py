@@ -5,29 +5,17 @@ import math
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import nn
 
-from hstu_rec import distributed
 from hstu_rec.config import load
-from hstu_rec.data.dataset import Dataset
-from hstu_rec.data.prepare import PrepareConfig, prepare
 from hstu_rec.encoder import HSTUEncoder
 from hstu_rec.encoder_config import EncoderConfig
-from hstu_rec.item_table import local_shards
 from hstu_rec.ranker.config import RankRunConfig
 from hstu_rec.ranker.features import EventFeatures, Feature, Task, features_of
-from hstu_rec.ranker.learner import RankLearner
-from hstu_rec.ranker.loading import load_ranker
-from hstu_rec.ranker.model import PooledHistory, RankBatch, RankerConfig, RankingModel, head_of
+from hstu_rec.ranker.model import PooledHistory, RankBatch, RankingModel, head_of
 from hstu_rec.ranker.scoring import binary_metrics, grouped_auc
-from hstu_rec.ranker.training import train_ranker
-from hstu_rec.ranker.windows import Windows
-from hstu_rec.tracking import read_metrics
-from tests.ranks import run_ranks
 
 DIM = 16
 
@@ -218,6 +206,7 @@ def test_columns_and_tasks_are_held_against_the_dataset():
             ["encoder.max_history_len=51"],
             "must be even and at least 4, two tokens an event; got 51",
         ),
+        (["encoder.window=5"], "encoder.window must be even, two tokens an event; got 5"),
         (["encoder.query_time=next"], "query_time must be own"),
         (["table.init=co_occurrence"], "no effect on a ranker"),
         (["encoder.calendar=day"], "encoder.calendar must be none"),
@@ -274,177 +263,3 @@ def test_figures_without_a_meaning_are_none():
         binary_metrics(one * math.nan, one, torch.arange(3))
     with pytest.raises(ValueError, match="metrics of no event at all"):
         binary_metrics(one[:0], one[:0], torch.arange(0))
-
-
-def likes(folder, num_users, num_events=40):
-    """A user likes even items or odd ones, which the user's ratings tell and nothing else."""
-    random = np.random.default_rng(5)
-    taste = random.integers(0, 2, num_users)
-    user = np.repeat(np.arange(num_users), num_events)
-    item = random.integers(0, 20, len(user))
-    table = {
-        "user_id": user,
-        "item_id": item,
-        "timestamp": 10**9 + np.tile(np.arange(num_events), num_users) * 60,
-        "rating": np.where(item % 2 == taste[user], 5.0, 1.0),
-    }
-    pq.write_table(pa.table(table), folder / "likes.parquet")
-    config = PrepareConfig(feature_columns=["rating"], split="share")
-    prepare(config, folder / "likes.parquet", folder / "data")
-    return Dataset(folder / "data")
-
-
-def test_windows_hold_every_training_event_once_and_targets_after_their_history(tmp_path):
-    data = likes(tmp_path, 7, 33)
-    assert data.train_ends.tolist() == [27] * 7 and data.valid_ends.tolist() == [30] * 7
-    windows = Windows(data, RankerConfig(), 8, 5, seed=3)
-    for epoch in (0, 1):
-        seen = []
-        for step in range(windows.num_steps(epoch)):
-            scored = windows.batch(epoch, step)
-            lengths = scored.batch.offsets.diff()
-            assert lengths.max() <= 8 and scored.is_target.all()
-            assert scored.num_targets_global == len(scored.labels)
-            seen += zip(scored.users.tolist(), scored.batch.timestamps.tolist(), strict=True)
-        assert len(seen) == len({*seen}) == 7 * 27
-    for split, begin, end in (("valid", 27, 30), ("test", 30, 33)):
-        (scored,) = windows.evaluation(split)
-        targets = scored.batch.timestamps[scored.is_target]
-        expected = [10**9 + 60 * place for place in range(begin, end)]
-        assert targets.tolist() == expected * 7
-        lasts = scored.batch.timestamps[scored.batch.offsets[1:] - 1]
-        assert lasts.tolist() == [expected[-1]] * 7
-        assert scored.batch.offsets.diff().tolist() == [8] * 7  # five events, then the targets
-        assert set(scored.labels.flatten().tolist()) == {0, 1}
-
-
-SMALL = [
-    "encoder.dim=16",
-    "encoder.max_history_len=24",
-    "data.batch_windows=16",
-    "ranker.categories=[rating]",
-    "train.device=cpu",
-]
-
-
-def test_a_rule_that_the_history_alone_tells_is_learned(tmp_path):
-    likes(tmp_path, 100)
-    settings = [
-        *SMALL,
-        f"data.path={tmp_path}/data",
-        f"train.run_dir={tmp_path}/run",
-        "train.max_epochs=5",
-        "optim.lr=1e-2",
-        "encoder.dropout=0",
-    ]
-    result = train_ranker(load(RankRunConfig, settings))
-    figures = result["test"]["rating>=4"]
-    assert figures["auc"] > 0.97 and figures["gauc"] > 0.97 and figures["ne"] < 0.5
-    assert figures["num_events"] == 100 * 4
-    report = (tmp_path / "run" / "report.md").read_text()
-    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert (
-        "](curves.png)" in report
-        and "rating>=4  test" in report
-        and (tmp_path / "run" / "checkpoints" / "best").is_file()
-    )
-    with pytest.raises(ValueError, match="holds a run already"):
-        train_ranker(load(RankRunConfig, settings))
-    check_loaded(tmp_path / "run", Dataset(tmp_path / "data"))
-
-
-def check_loaded(run, data):
-    """A run is loaded without a process group, and scores what comes after each user's training events."""
-    ranker = load_ranker(run)
-    assert ranker.tasks == ["rating>=4"] and ranker.items.ids.to_pylist() == list(range(20))
-    users, none = np.arange(data.num_users), np.zeros(data.num_users, dtype=np.int64)
-    begins, ends = data.valid_ends - 9, data.valid_ends
-    items, times, offsets = data.gather(users, begins, ends)
-    history = RankBatch(
-        *map(torch.from_numpy, (items, times, offsets)),
-        context={},
-        outcomes={"rating": torch.from_numpy(data.features(users, begins, ends)["rating"])},
-    )
-    wanted, at, _ = data.gather(users, ends, ends + 1)
-    liked = data.features(users, ends, ends + 1)["rating"] >= 4
-    found = ranker.model.score_candidates(
-        torch.from_numpy(wanted),
-        torch.from_numpy(none + 1),
-        ranker.model.encode_history(history),
-        torch.from_numpy(at),
-    )
-    assert grouped_auc(found[:, 0].numpy(), liked.astype(float), none)[0] > 0.97
-    kept = (run / "features.json").read_text()
-    (run / "features.json").write_text(kept.replace('"item_map_hash": "', '"item_map_hash": "0'))
-    with pytest.raises(ValueError, match="does not hold the items that were trained on"):
-        load_ranker(run)
-    (run / "features.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"features\.json missing"):
-        load_ranker(run)
-
-
-def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(tmp_path, capsys):
-    likes(tmp_path, 30)
-    settings = [*SMALL, f"data.path={tmp_path}/data", "optim.lr=1e-2", "train.patience=0"]
-    whole = [*settings, f"train.run_dir={tmp_path}/whole", "train.max_epochs=4"]
-    wanted = train_ranker(load(RankRunConfig, whole))
-    parts = [*settings, f"train.run_dir={tmp_path}/parts"]
-    train_ranker(load(RankRunConfig, [*parts, "train.max_epochs=2"]))
-    again = [*parts, "train.max_epochs=4", "train.resume=auto"]
-    found = train_ranker(load(RankRunConfig, again))
-    assert "epoch 2, batch 0, step" in capsys.readouterr().out
-    assert found["test"] == wanted["test"] and found["valid"] == wanted["valid"]
-    assert found["timing"]["num_steps"] == wanted["timing"]["num_steps"]
-    losses = [
-        [
-            (row["step"], row["loss"])
-            for row in read_metrics(tmp_path / run)
-            if row["kind"] == "train"
-        ]
-        for run in ("whole", "parts")
-    ]
-    assert losses[0] == losses[1]
-    with pytest.raises(ValueError, match=r"encoder\.dropout was") as caught:
-        train_ranker(load(RankRunConfig, [*again, "encoder.dropout=0.5"]))
-    assert "warm_start" not in str(caught.value)
-
-
-def test_a_task_of_one_label_is_told_before_training(tmp_path):
-    likes(tmp_path, 10, 30)
-    settings = [*SMALL, f"data.path={tmp_path}/data", f"train.run_dir={tmp_path}/run"]
-    with pytest.raises(ValueError, match="all labels of the 30 validation events are the same"):
-        train_ranker(load(RankRunConfig, [*settings, "ranker.tasks=[rating>=4,rating>=0]"]))
-    assert not (tmp_path / "run").exists()
-
-
-def losses_and_figures(path, history):
-    settings = [*SMALL, "encoder.dropout=0", f"ranker.history={history}", f"data.path={path}/data"]
-    learner = RankLearner(
-        load(RankRunConfig, settings), Dataset(path / "data"), torch.device("cpu")
-    )
-    losses = [learner.step(0, index, index).loss for index in range(4)]
-    return losses, learner.evaluate("test")["rating>=4"]
-
-
-@pytest.mark.parametrize("history", ["hstu", pytest.param("pooled", marks=pytest.mark.slow)])
-def test_two_processes_train_and_measure_as_one(history, tmp_path):
-    likes(tmp_path, 20, 30)
-    ((losses, figures),) = run_ranks(1, losses_and_figures, tmp_path, history)
-    for its_losses, its_figures in run_ranks(2, losses_and_figures, tmp_path, history):
-        assert its_losses == pytest.approx(losses, rel=1e-5)
-        assert its_figures == pytest.approx(figures, rel=1e-4)
-
-
-def test_a_weight_that_is_not_finite_stops_before_a_row_changes(tmp_path):
-    likes(tmp_path, 20, 30)
-    settings = [*SMALL, f"data.path={tmp_path}/data"]
-    with distributed.process_group("cpu") as device:
-        learner = RankLearner(load(RankRunConfig, settings), Dataset(tmp_path / "data"), device)
-        learner.step(0, 0, 0)
-        before = [rows.clone() for rows, _ in local_shards(learner.model)]
-        with torch.no_grad():
-            learner.dense[0].fill_(math.nan)
-        with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
-            learner.step(0, 1, 1)
-        for rows, (now, _) in zip(before, local_shards(learner.model), strict=True):
-            assert torch.equal(rows, now)

@@ -310,7 +310,7 @@ def _feature_column(connection: duckdb.DuckDBPyConnection, staged: Staged, role:
             "numbers or texts"
         )
     if kind == "VARCHAR":
-        return _Column(value=f"nullif({role}, '')", kind=kind)
+        return _Column(value=f"nullif(trim({role}), '')", kind=kind)
     if kind in ("TEXT", "JSON"):
         text = f"nullif(trim({_text(staged, role)}), '')"
         count, _, num_numbers = _profile(connection, staged, role)

@@ -2,7 +2,8 @@
 
 features   what events carry, added to the rows of items      windows  parts of histories, and what is scored
 model      RankingModel: HSTU or a pooled history, and heads  scoring  AUC, normalised entropy, GAUC
-training   train_ranker: epochs, validation, test, report
+config     RankRunConfig                                      learner  RankLearner: the loss of a step
+training   train_ranker: a run and its report                 loading  load_ranker: its model without TorchRec
 """
 
 from hstu_rec.ranker.features import EventFeatures, Feature

@@ -21,7 +21,8 @@ class RankTrainConfig(AnyTrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RankRunConfig(AnyRunConfig):
-    """Everything a ranker depends on. Of `encoder`, max_history_len counts two tokens an event."""
+    """Everything a ranker depends on. `encoder` counts tokens, two an event: max_history_len, window and
+    the distances of the position bias."""
 
     name: str = "ranker"
     data: RankDataConfig = field(default_factory=RankDataConfig)
@@ -35,6 +36,10 @@ class RankRunConfig(AnyRunConfig):
             found.append(
                 "encoder.max_history_len must be even and at least 4, two tokens an event; got "
                 f"{self.encoder.max_history_len}"
+            )
+        if self.encoder.window % 2:
+            found.append(
+                f"encoder.window must be even, two tokens an event; got {self.encoder.window}"
             )
         if self.encoder.query_time != "own":
             found.append("encoder.query_time must be own: a candidate's time is its own")

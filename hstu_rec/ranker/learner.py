@@ -40,7 +40,7 @@ class RankLearner(AnyLearner):
             config,
             shard_model(model, config.table, device, seed),
             [{"params": dense, "weight_decay": config.optim.weight_decay, "rate": 1.0}],
-            config.train.max_epochs * self.windows.num_steps(0),
+            sum(map(self.windows.num_steps, range(config.train.max_epochs))),
             device,
         )
 

@@ -1,17 +1,15 @@
 """train_ranker(config): a ranking model from a prepared dataset with features to its report.
 
-steps over windows -> validation by AUC after every epoch, the best is kept -> test with the best -> report
+steps over windows -> validations by AUC, the best is kept -> test with the best -> report
 """
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from hstu_rec import distributed, hosts, lock
-from hstu_rec.checkpoint import Saver
-from hstu_rec.config import leaves, save, to_yaml
+from hstu_rec import distributed, hosts
+from hstu_rec.config import to_yaml
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.stream import Split
 from hstu_rec.drawing import draw_curves
@@ -20,12 +18,11 @@ from hstu_rec.ranker.config import RankRunConfig
 from hstu_rec.ranker.learner import RankLearner
 from hstu_rec.ranker.loading import write_features
 from hstu_rec.resuming import Progress
-from hstu_rec.run_folder import of_this_job, run_folder
-from hstu_rec.signals import StopRequest
-from hstu_rec.starts import load_best, start_of
-from hstu_rec.trackers import check_installed
-from hstu_rec.tracking import Tracker, read_metrics
-from hstu_rec.training import Run, Training, Validation
+from hstu_rec.run_folder import run_folder
+from hstu_rec.running import opened_alike, run_through, settled
+from hstu_rec.starts import start_of
+from hstu_rec.tracking import read_metrics
+from hstu_rec.training import Run, Validation
 from hstu_rec.versions import versions
 
 FIGURES = ("auc", "ne", "gauc")
@@ -40,6 +37,28 @@ class RankRun(Run):
     config: RankRunConfig
     learner: RankLearner
 
+    def opening(self) -> str:
+        """The data, the model, and its tasks."""
+        data, ranker, learner = self.dataset, self.config.ranker, self.learner
+        num_dense = sum(one.numel() for one in learner.dense)
+        return "\n".join(
+            [
+                f"run         {self.folder}",
+                f"data        {data.path}: {data.num_users:,} users, {data.num_items:,} items, "
+                f"{data.num_events:,} events",
+                f"model       {ranker.history} history of {learner.windows.length} events, {num_dense:,} "
+                "dense parameters",
+                f"tasks       {', '.join(ranker.tasks)}; outcomes {', '.join(ranker.outcome_columns())}; "
+                f"context {', '.join(ranker.context) or 'none'}",
+                f"device      {learner.device}, {distributed.world_size()} processes",
+            ]
+        )
+
+    def begin(self) -> None:
+        """Keeps what the numbers of the features mean."""
+        features, stats = self.learner.features, self.dataset.stats
+        hosts.on_main(lambda: write_features(self.folder, features, stats))
+
     def validate(self, after_batch: Callable[[], None]) -> Validation:
         """Figures of every task; the mean AUC chooses."""
         figures = self.learner.evaluate("valid", after_batch)
@@ -49,6 +68,45 @@ class RankRun(Run):
     def speed(self, share: float, spent_s: float) -> dict[str, float]:
         """Events a second of that share of an epoch over all ranks."""
         return {"events_per_s": share * float(self.dataset.train_ends.sum()) / spent_s}
+
+    def result(self, progress: Progress, after_batch: Callable[[], None]) -> dict[str, Any]:
+        """Figures of every task on both splits."""
+        names: tuple[Split, ...] = ("valid", "test")
+        return {
+            "protocol": {
+                "split": self.dataset.stats["split"],
+                "tasks": self.config.ranker.tasks,
+                "selection_metric": SELECTED,
+            },
+            **{split: self.learner.evaluate(split, after_batch) for split in names},
+            "timing": {
+                "train_s": round(progress.train_s, 1),
+                "best_epoch": progress.best_epoch,
+                "num_epochs": progress.epoch,
+                "num_steps": progress.step,
+            },
+            "versions": self.made_with,
+        }
+
+    def test_figures(self, result: dict[str, Any]) -> dict[str, float]:
+        """rating>=4/auc, ..."""
+        return _flat(result["test"])
+
+    def write_report(self, result: dict[str, Any]) -> None:
+        """report.md, curves.png and result.json; prints the figures."""
+        text = json.dumps(result, indent=2, allow_nan=False)
+        write_file(self.folder / "result.json", (text + "\n").encode())
+        write_file(self.folder / "curves.png", draw_curves(read_metrics(self.folder), SELECTED))
+        timing = result["timing"]
+        report = (
+            f"# {self.folder.name}\n\n```text\n{table_of(result)}\n```\n\nauc: ties half. ne: cross entropy "
+            "over that of the mean label; below 1 is better. gauc: mean of users' own AUCs, by their events."
+            f"\n\nBest epoch {timing['best_epoch']} of {timing['num_epochs']}, {timing['train_s']} s of "
+            f"training.\n\n![Training loss by step; validation {SELECTED} by epoch](curves.png)\n\n"
+            f"```yaml\n{to_yaml(self.config)}```\n"
+        )
+        write_file(self.folder / "report.md", report.encode())
+        print(f"\n{table_of(result)}\n\nrun folder: {self.folder}", flush=True)
 
 
 def train_ranker(config: RankRunConfig) -> dict[str, Any]:
@@ -60,98 +118,25 @@ def train_ranker(config: RankRunConfig) -> dict[str, Any]:
     """
     made_with = versions()
     with distributed.process_group(config.train.device) as device:
-        if begun := of_this_job(config.train):
-            train = replace(config.train, run_dir=str(begun), resume="auto")
-            config = replace(config, train=train)
-        hosts.on_main(lambda: check_installed(config.tracking.to))
-        dataset = _opened(config, made_with)
+        config = settled(config)
+        dataset = opened_alike(config, made_with, lambda: Dataset(config.data.path))
         folder = run_folder(config.train, config.name)
         start = start_of(config.train.resume, folder / "checkpoints")
         start.check(config, dataset)
         learner = RankLearner(config, dataset, device)
         learner.check_labels()
-        hosts.make_shared(folder, "train.run_dir")
-        with (
-            lock.only_run_in(folder),
-            StopRequest() as stop,
-            Tracker(folder, distributed.is_main(), config.tracking) as tracker,
-            Saver(folder / "checkpoints", config.checkpoint) as saver,
-        ):
-            hosts.on_main(lambda: tracker.begin(folder.name, leaves(config)))
-            tracker.say(_opening(config, learner, folder))
-            for sentence in start.told:
-                tracker.say(sentence)
-            run = RankRun(config, folder, dataset, learner, tracker, made_with)
-            progress = start.begin(run)
-            hosts.on_main(lambda: save(config, folder / "config.yaml"))
-            hosts.on_main(lambda: write_features(folder, learner.features, dataset.stats))
-            training = Training(run, progress, saver, stop)
-            training.train()
-            load_best(run)
-            result = _result(run, progress, training.stop_if_asked)
-            tracker.log("test", progress.step, _flat(result["test"]))
-            tracker.summarise(_flat(result["test"]))
-        if distributed.is_main():
-            _write(folder, result, config)
-            print(f"\n{table_of(result)}\n\nrun folder: {folder}", flush=True)
-        distributed.barrier()
-        return result
-
-
-def _opened(config: RankRunConfig, made_with: dict[str, str | None]) -> Dataset:
-    """The dataset. Raises ValueError on all ranks when one has none, or other settings, code or data."""
-    hosts.check_alike("the settings", leaves(config), "give every process the same")
-    hosts.check_alike("the versions", made_with, "install and check out the same on every host")
-    datasets: list[Dataset] = []
-    hosts.together(lambda: datasets.append(Dataset(config.data.path)))
-    (dataset,) = datasets
-    hosts.check_alike("the data", dataset.identity, "copy the folder to all hosts, or share it")
-    return dataset
-
-
-def _result(run: RankRun, progress: Progress, after_batch: Callable[[], None]) -> dict[str, Any]:
-    """The final figures of the model that the learner holds. Collective."""
-    timing = {
-        "train_s": round(progress.train_s, 1),
-        "best_epoch": progress.best_epoch,
-        "num_epochs": progress.epoch,
-        "num_steps": progress.step,
-    }
-    names: tuple[Split, ...] = ("valid", "test")
-    return {
-        "protocol": {
-            "split": run.dataset.stats["split"],
-            "tasks": run.config.ranker.tasks,
-            "selection_metric": SELECTED,
-        },
-        **{split: run.learner.evaluate(split, after_batch) for split in names},
-        "timing": timing,
-        "versions": run.made_with,
-    }
+        return run_through(
+            config,
+            folder,
+            start,
+            lambda tracker: RankRun(config, folder, dataset, learner, tracker, made_with),
+        )
 
 
 def _flat(figures: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Those that are there, by task/name."""
     named = {f"{task}/{name}": one[name] for task, one in figures.items() for name in FIGURES}
     return {name: one for name, one in named.items() if one is not None}
-
-
-def _opening(config: RankRunConfig, learner: RankLearner, folder: Path) -> str:
-    """What a run says before it starts."""
-    data, ranker = learner.dataset, config.ranker
-    num_dense = sum(one.numel() for one in learner.dense)
-    return "\n".join(
-        [
-            f"run         {folder}",
-            f"data        {data.path}: {data.num_users:,} users, {data.num_items:,} items, "
-            f"{data.num_events:,} events",
-            f"model       {ranker.history} history of {learner.windows.length} events, {num_dense:,} dense "
-            "parameters",
-            f"tasks       {', '.join(ranker.tasks)}; outcomes {', '.join(ranker.outcome_columns())}; "
-            f"context {', '.join(ranker.context) or 'none'}",
-            f"device      {learner.device}, {distributed.world_size()} processes",
-        ]
-    )
 
 
 def table_of(result: dict[str, Any]) -> str:
@@ -170,18 +155,3 @@ def table_of(result: dict[str, Any]) -> str:
         ).rstrip()
         for row in rows
     )
-
-
-def _write(folder: Path, result: dict[str, Any], config: RankRunConfig) -> None:
-    text = json.dumps(result, indent=2, allow_nan=False)
-    write_file(folder / "result.json", (text + "\n").encode())
-    write_file(folder / "curves.png", draw_curves(read_metrics(folder), SELECTED))
-    report = (
-        f"# {folder.name}\n\n```text\n{table_of(result)}\n```\n\nauc: ties half. ne: cross entropy over that "
-        "of the mean label; below 1 is better. gauc: mean of users' own AUCs, by their events.\n\n"
-        f"Best epoch {result['timing']['best_epoch']} of {result['timing']['num_epochs']}, "
-        f"{result['timing']['train_s']} s of training.\n\n"
-        f"![Training loss by step; validation {SELECTED} by epoch](curves.png)\n\n"
-        f"```yaml\n{to_yaml(config)}```\n"
-    )
-    write_file(folder / "report.md", report.encode())

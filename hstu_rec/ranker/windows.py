@@ -71,10 +71,11 @@ class Windows:
         tasks = [Task.of(text) for text in ranker.tasks]
         self.tasks = [(one, one.limit(facts)) for one in tasks]
         self._plan = lru_cache(maxsize=1)(self._make_plan)
+        self._counts = lru_cache(maxsize=1)(self._make_counts)
 
     def num_steps(self, epoch: int) -> int:
-        """Steps of that epoch."""
-        return -(-len(self._plan(epoch)[0]) // self.batch_windows)
+        """Steps of that epoch; others than those of the next, because the cuts move."""
+        return -(-int(self._counts(epoch)[2].sum()) // self.batch_windows)
 
     def batch(self, epoch: int, step: int) -> Scored:
         """This rank's part of a global batch, which may be empty."""
@@ -89,19 +90,24 @@ class Windows:
     def _make_plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(user, begin, end) of the windows of an epoch, in its order."""
         lengths, size = self.dataset.train_ends, self.length
-        users = np.flatnonzero(lengths > 0)
-        cuts = distributed.generator("stochastic length", self.seed, epoch)
-        # The first window of a long history ends anywhere, so that each event comes after each history.
-        first = np.where(
-            lengths[users] > size, cuts.integers(1, size + 1, len(users)), lengths[users]
-        )
-        counts = 1 + -(-(lengths[users] - first) // size)
+        users, first, counts = self._counts(epoch)
         owner = np.repeat(np.arange(len(users)), counts)
         place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
         ends = np.minimum(first[owner] + place * size, lengths[users][owner])
         begins = np.where(place > 0, first[owner] + (place - 1) * size, 0)
         order = distributed.generator("order of users", self.seed, epoch).permutation(len(owner))
         return users[owner][order], begins[order], ends[order]
+
+    def _make_counts(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The users that have events, the length of the first window of each, and how many each has."""
+        lengths, size = self.dataset.train_ends, self.length
+        users = np.flatnonzero(lengths > 0)
+        cuts = distributed.generator("stochastic length", self.seed, epoch)
+        # The first window of a long history ends anywhere, so that each event comes after each history.
+        first = np.where(
+            lengths[users] > size, cuts.integers(1, size + 1, len(users)), lengths[users]
+        )
+        return users, first, 1 + -(-(lengths[users] - first) // size)
 
     def evaluation(self, split: Split) -> Iterator[Scored]:
         """This rank's events of a split, as many batches on every rank (the last ones may be empty).
