@@ -5,9 +5,12 @@ recommend, similar_items, evaluate                                              
 save(folder), load(folder)                   a bundle (hstu_rec.bundle)
 """
 
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,11 +23,12 @@ from hstu_rec.config import RunConfig, load
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.histories import OnUnknown, rows_of
 from hstu_rec.data.own_ids import IdIndex, typed_ids
-from hstu_rec.data.tables import Columns, TableKind, arrow_of, as_kind, kind_of_table, read_parquet
+from hstu_rec.data.tables import Columns, TableKind, arrow_of, as_kind, kind_of_table, names_of
 from hstu_rec.export import ExportConfig, export, serve_run
-from hstu_rec.prepared import prepare_in
+from hstu_rec.prepared import events_of, prepare_in, read_events
 from hstu_rec.serving import ServingModel, load_bundle
 from hstu_rec.settings import assignments
+from hstu_rec.signals import INTERRUPTED_CODE, Stopped
 from hstu_rec.trainer import train
 
 T = TypeVar("T")
@@ -45,6 +49,8 @@ ALWAYS = {
 }
 EXACT = {"loss.negatives": "all", "table.init": "co_occurrence"}
 SAMPLED = {"loss.negatives": "mixed", "loss.num_negatives": 8192}
+# What `fit` itself sets.
+OWN = {"data.path", "train.run_dir", "train.resume"}
 
 
 class Recommender:
@@ -108,13 +114,17 @@ class Recommender:
         if num_negatives is not None:
             self._given |= SAMPLED | {"loss.num_negatives": num_negatives}
         self._settings = dict(settings or {})
+        if own := OWN & self._settings.keys():
+            raise ValueError(f"settings: {', '.join(sorted(own))} are of fit(events, folder=...)")
         self._config()
         self.columns = Columns()
         self._model: ServingModel | None = None
         self._dataset: Dataset | None = None
         self._users: IdIndex | None = None
+        self._result: dict[str, Any] | None = None
         # A run or a bundle.
         self._source: Path | None = None
+        self._removed: Callable[[], Any] | None = None
         self._kind: TableKind = "arrow"
 
     def fit(
@@ -130,7 +140,8 @@ class Recommender:
         """Learns from `events` and returns itself. Collective.
 
         Each user's last event is kept for the test, and the one before it for validation, which ends
-        training and chooses the model; `result` holds what it reached.
+        training and chooses the model; `result` holds what it reached. Users of fewer than 3 events are not
+        tested on, and known like all others.
 
         Args:
             events: a DataFrame of pandas or polars, an Arrow table, columns by name, or a path, folder or
@@ -146,15 +157,46 @@ class Recommender:
         Raises ValueError with what is wrong with the table or the settings, where, and what to do.
         """
         columns = _columns(user_column, item_column, time_column)
-        with distributed.process_group(self._config().train.device):
-            root = hosts.on_main(lambda: self._folder_of(folder))
+        with distributed.process_group(self._config().train.device), ExitStack() as made:
+            root = hosts.on_main(
+                lambda: Path(made.enter_context(_temporary()) if folder is None else folder)
+            )
             data, run = root / "data", root / "run"
             hosts.on_main(lambda: prepare_in(root, events, columns, prepare_settings or {}))
-            config = self._config(data, run)
-            self.result: dict[str, Any] = train(config)
+            result = self._trained(self._config(data, run), folder)
             hosts.together(lambda: self._take(_served(run), columns, Dataset(data)))
-        self._source, self._kind = run, kind_of_table(events)
+            self._result, self._source, self._kind = result, run, kind_of_table(events)
+            # A folder that nobody named lives as long as the model that it is of.
+            if self._removed is not None:
+                self._removed()
+            self._removed = weakref.finalize(self, made.pop_all().close)
         return self
+
+    def _trained(self, config: RunConfig, folder: str | Path | None) -> dict[str, Any]:
+        """What train(config) gives; what it says in words of the apps is said in those of `fit`."""
+        try:
+            result = train(config)
+        except Stopped as stopped:
+            kept = f"call it again with folder={str(folder)!r} to go on from there"
+            told = f"fit was stopped; {kept if folder else 'nothing is kept without folder='}"
+            if stopped.exit_code == INTERRUPTED_CODE:
+                raise KeyboardInterrupt(told) from stopped
+            stopped.args = (told,)
+            raise
+        except ValueError as error:
+            named = sorted(set(re.findall(r"\btrain\.\w+(?==)", str(error))) - OWN)
+            if named:
+                settings = ", ".join(f"{one!r}: ..." for one in named)
+                error.args = (f"{error} (here: Recommender(settings={{{settings}}}))",)
+            raise
+        if not folder and distributed.is_main():
+            print("it is removed with the model; fit(folder=...) keeps it", flush=True)
+        return result
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What result.json of the run holds. Raises ValueError before `fit`."""
+        return self._fitted(self._result)
 
     def recommend(
         self,
@@ -171,8 +213,8 @@ class Recommender:
 
         Args:
             histories: a table of the columns of `fit`, of any users, those that training never saw included;
-                a path, folder or glob of parquet files; or a list or array of ids of users of `fit`, whose
-                events of then are their histories.
+                files as for `fit`, whose users are answered in the order of their ids; or a list or array of
+                ids of users of `fit`, whose events of then are their histories.
             k: rows of a user; fewer where fewer items are left.
             filter_seen: leaves out items of the user's history.
             candidates: ids of the items that may be recommended; all when None.
@@ -219,7 +261,8 @@ class Recommender:
 
     def save(self, folder: str | Path, *, name: str = "", description: str = "") -> None:
         """Writes the model as a folder to share, which holds no user: JSON, safetensors, parquet and a card
-        (hstu_rec.bundle). In a job of several processes process 0 writes. Collective.
+        (hstu_rec.bundle). In a job of several processes process 0 writes. Collective. A model that was loaded
+        is written as it was.
 
         Raises ValueError when `folder` is there already.
         """
@@ -240,7 +283,8 @@ class Recommender:
     ) -> "Recommender":
         """The model that `save`, or apps/export.py, wrote, on CPU and ready to recommend to any history.
         The columns are those of histories to come, by default what `save` kept of them, or user_id, item_id
-        and timestamp. Nothing of the folder is executed.
+        and timestamp. Nothing of the folder is executed. It is not gone on with: its `fit` would begin anew,
+        with the defaults.
 
         Raises ValueError (BundleError) with the file and what is wrong with it.
         """
@@ -270,20 +314,18 @@ class Recommender:
         self._model, self.columns, self._dataset = model, columns, dataset
         self._users = None
 
-    def _folder_of(self, folder: str | Path | None) -> Path:
-        if folder is not None:
-            return Path(folder)
-        self._kept = tempfile.TemporaryDirectory(prefix="hstu_rec-")
-        return Path(self._kept.name)
-
     def _config(self, data: Path | None = None, run: Path | None = None) -> RunConfig:
         settings = ALWAYS | self._given
-        if data is not None and run is not None:
+        is_new = (
+            run is not None and not run.exists() and "train.resume_changed" not in self._settings
+        )
+        resume = "none" if is_new else "auto"
+        settings |= {"train.run_dir": run or "run", "train.resume": resume}
+        if data is not None:
             if "loss.negatives" not in settings:
                 is_small = Dataset(data).num_items <= MAX_EXACT_ITEMS
                 settings |= EXACT if is_small else SAMPLED
-            resume = "auto" if run.exists() else "none"
-            settings |= {"data.path": data, "train.run_dir": run, "train.resume": resume}
+            settings |= {"data.path": data}
         settings |= self._settings
         return load(RunConfig, assignments(settings))
 
@@ -294,9 +336,10 @@ class Recommender:
         """user_id | item_id | timestamp of a table, of files, or of users of `fit`."""
         names = [self.columns.user, self.columns.item, self.columns.time]
         if isinstance(histories, str | Path):
-            return self.columns.standard(read_parquet(histories, names))
+            return read_events(histories, self.columns)
         if _is_table(histories):
-            return self.columns.standard(arrow_of(histories))
+            self.columns.check(names_of(histories))
+            return self.columns.standard(arrow_of(histories, names))
         return self._events_of_users(histories, on_unknown)
 
     def _events_of_users(self, user_ids: Any, on_unknown: OnUnknown) -> pa.Table:
@@ -310,15 +353,11 @@ class Recommender:
         users = rows_of(user_ids, self._users, "user ids", on_unknown, "users")
         _, first = np.unique(users, return_index=True)
         users = users[np.sort(first)]
-        lengths = self._dataset.lengths[users]
-        items, times, _ = self._dataset.gather(users, np.zeros_like(lengths), lengths)
-        return pa.table(
-            {
-                "user_id": self._users.ids.take(pa.array(np.repeat(users, lengths))),
-                "item_id": self.model.items.ids.take(pa.array(items)),
-                "timestamp": times,
-            }
-        )
+        return events_of(self._dataset, users)
+
+
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="hstu_rec-")
 
 
 def _columns(user: str, item: str, time: str) -> Columns:
@@ -344,6 +383,10 @@ def _save(source: Path, folder: Path, about: ExportConfig, columns: dict[str, st
         with distributed.alone():
             export(source, folder, about, {"columns": columns})
         return
+    if about.name or about.description:
+        raise ValueError(
+            "a model that was loaded is saved as it is, with its name and description; leave them out"
+        )
     if folder.exists():
         raise ValueError(f"{folder} is there already; remove it, or give another folder")
     shutil.copytree(source, folder)

@@ -337,7 +337,7 @@ class Candidates:
 
 
 def _check_k(k: int) -> None:
-    if type(k) is not int or k < 1:
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
         raise ValueError(f"k must be a whole number of at least 1; got {k!r}")
 
 

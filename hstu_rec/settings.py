@@ -157,6 +157,13 @@ def did_you_mean(given: str, allowed: list[str]) -> str:
 def assignments(values: Mapping[str, Any]) -> list[str]:
     """Settings as one writes them, `key=value` each, for hstu_rec.config.load."""
     return [
-        f"{key}={value if isinstance(value, str | Path) else json.dumps(value)}"
+        f"{key}={value if isinstance(value, str | Path) else json.dumps(value, default=_plain_number)}"
         for key, value in values.items()
     ]
+
+
+def _plain_number(value: Any) -> Any:
+    """Of a number of numpy's or torch's. Raises ValueError for what is none."""
+    if not hasattr(value, "item"):
+        raise ValueError(f"a setting is a number, a text, true or false, or a list; got {value!r}")
+    return value.item()

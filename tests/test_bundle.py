@@ -277,7 +277,7 @@ def test_what_cannot_be_read_is_told(model):
             "item_id holds integers, the model's items are strings, such as 'item ",
         ),
         (events(good, ("a", None, 5)), "item_id: 1 ids are null"),
-        (events((1.5, "item 0001", 5)), "user_id: ids must be integers or strings; got double"),
+        (events((1.5, "item 0001", 5)), "user_id: 1 ids are floats that are no whole numbers"),
         (
             events(("a", "item 0001", "yesterday")),
             "timestamp must be integers .*ISO text; got string, such as 'yesterday'",

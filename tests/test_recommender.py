@@ -1,8 +1,10 @@
 """Recommender: tables of every kind in, the same ids out; what it says is what the model and the run say."""
 
 import os
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,10 @@ import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import csv
 
-from hstu_rec import Recommender
+from hstu_rec import Recommender, recommender
+from hstu_rec.signals import Stopped
 from tests import oracles
 
 ROOT = Path(__file__).parent.parent
@@ -165,15 +169,40 @@ def test_files_are_read_as_tables_are(tmp_path):
         pq.write_table(table(40).slice(150 * number, 150), tmp_path / f"part-{number}.parquet")
     paths = str(tmp_path / "part-*.parquet")
     model = Recommender(**SMALL | {"max_epochs": 1}).fit(paths)
-    assert rows_of(model.recommend(paths, k=2)) == rows_of(
-        model.recommend(table(40).slice(0, 300), k=2)
-    )
+    by_id = sorted(rows_of(model.recommend(table(40).slice(0, 300), k=2)))
+    assert rows_of(model.recommend(paths, k=2)) == by_id
     assert rows_of(model.recommend(tmp_path, k=2)) == rows_of(model.recommend(paths, k=2))
-    with pytest.raises(FileNotFoundError, match=r"there is no parquet file at .*nowhere"):
-        model.recommend(str(tmp_path / "nowhere*"))
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no file at cust_7; ids .*: \['cust_7'\]"
+    ):
+        model.recommend("cust_7")
     (tmp_path / "bad.parquet").write_text("no")
-    with pytest.raises(ValueError, match=r"bad.parquet cannot be read as parquet"):
+    with pytest.raises(ValueError, match=r"bad.parquet"):
         model.recommend(tmp_path / "bad.parquet")
+    csv.write_csv(table(40).slice(0, 300), tmp_path / "events.csv")
+    assert rows_of(model.recommend(tmp_path / "events.csv", k=2)) == rows_of(
+        model.recommend(paths, k=2)
+    )
+
+
+def test_what_fit_takes_recommend_takes(tmp_path):
+    """Ids that a NaN has made floats, numbers as text, columns of anything beside, users of few events."""
+    given = table(40).to_pandas()
+    given["user_id"] = given["user_id"].str.removeprefix("user ").astype(float)
+    given["timestamp"] = given["timestamp"].astype(str)
+    given["beside"] = [1, "a"] * (len(given) // 2) + [2.5] * (len(given) % 2)
+    short = given.groupby("user_id").head(2).iloc[:2].assign(user_id=1000.0)
+    given = pandas.concat([given, short])
+    model = Recommender(**SMALL | {"max_epochs": 1}).fit(given)
+    answer = model.recommend(given, k=np.int64(1))
+    assert answer["user_id"].tolist() == given["user_id"].drop_duplicates().tolist()
+    ids = [1000, int(given["user_id"].iloc[0])]
+    assert model.recommend(ids, k=1)["item_id"].tolist() == [
+        answer.set_index("user_id").loc[one, "item_id"] for one in ids
+    ]
+    assert model.evaluate(given, ks=[1])["num_users"] == 41
+    with pytest.raises(ValueError, match=r"user_id: 1 ids are floats that are no whole .* 1\.5"):
+        model.recommend(given.assign(user_id=1.5).head(1))
 
 
 def test_what_is_saved_and_loaded_recommends_the_same_to_any_history(model, tmp_path):
@@ -216,6 +245,8 @@ def test_unknown_users_obey_the_policy(model):
         ({"device": "tpu"}, "train.device must be"),
         ({"settings": {"encoder.dmi": 3}}, "did you mean 'encoder.dim'"),
         ({"num_negatives": 0}, "loss.num_negatives must be at least 1"),
+        ({"settings": {"data.path": "a"}}, r"settings: data.path are of fit\(events, folder=...\)"),
+        ({"settings": {"optim.lr": print}}, "a setting is a number, a text, .*; got <built-in"),
     ],
 )
 def test_values_that_no_model_has_are_refused_before_anything_is_read(given, told):
@@ -228,7 +259,7 @@ def test_values_that_no_model_has_are_refused_before_anything_is_read(given, tol
     [
         (
             table(9).rename_columns(["user", "item_id", "timestamp"]),
-            "events need one column 'user_id'",
+            "no column of the events is called 'user_id'; did you mean 'user'",
         ),
         ({"user_id": [1], "item_id": [1, 2], "timestamp": [1]}, "columns of equal length"),
         (
@@ -251,6 +282,42 @@ def test_values_that_no_model_has_are_refused_before_anything_is_read(given, tol
 def test_tables_that_cannot_be_learnt_from_are_told(events, told):
     with pytest.raises(ValueError, match=told):
         Recommender(**SMALL).fit(events)
+
+
+def test_a_fit_that_fails_leaves_the_former_model_and_its_files(tmp_path):
+    model = Recommender(**SMALL | {"max_epochs": 1}).fit(table(20))
+    with pytest.raises(ValueError, match="no column of the events"):
+        model.fit({"user_id": [1]})
+    answer = model.recommend(["user 3"], k=2)
+    model.save(tmp_path / "kept")
+    loaded = Recommender.load(tmp_path / "kept")
+    assert rows_of(loaded.recommend(table(20), k=2))[6:8] == rows_of(answer)
+    with pytest.raises(ValueError, match="a model that was loaded is saved as it is"):
+        loaded.save(tmp_path / "again", name="other")
+    with pytest.raises(ValueError, match="there is no model yet"):
+        _ = Recommender().result
+
+
+def test_what_a_stopped_or_changed_fit_is_told_is_in_words_of_fit(tmp_path, monkeypatch):
+    given = SMALL | {"max_epochs": 1}
+    Recommender(**given).fit(table(20), folder=tmp_path)
+    with pytest.raises(
+        ValueError, match=r"optim.lr was .*Recommender\(settings=\{'train.resume_cha"
+    ):
+        Recommender(**given, lr=0.5).fit(table(20), folder=tmp_path)
+    Recommender(**given, lr=0.5, settings={"train.resume_changed": True}).fit(
+        table(20), folder=tmp_path
+    )
+
+    def stopped(_, by):
+        raise Stopped("saved", by)
+
+    for by, kind in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Stopped)):
+        monkeypatch.setattr(recommender, "train", partial(stopped, by=by))
+        with pytest.raises(kind, match="fit was stopped; nothing is kept without folder="):
+            Recommender(**given).fit(table(20))
+        with pytest.raises(kind, match=r"stopped; call it again with folder='.*' to go on from"):
+            Recommender(**given).fit(table(20), folder=tmp_path)
 
 
 def test_before_fit_there_is_nothing():

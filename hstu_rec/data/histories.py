@@ -124,14 +124,17 @@ def _ids(column: pa.ChunkedArray, name: str) -> pa.Array:
 
 
 def _seconds(column: pa.ChunkedArray) -> np.ndarray:
-    """int64 [T] unix seconds of times: integers or whole floats in s, ms, us or ns, which their size tells;
-    timestamps and dates; ISO text. What has no zone is UTC."""
+    """int64 [T] unix seconds of times: whole numbers, also as text, in s, ms, us or ns, which their size
+    tells; timestamps and dates; ISO text. What has no zone is UTC."""
     if not len(column):
         return np.zeros(0, dtype=np.int64)
     if column.null_count:
         raise ValueError(
             f"timestamp must be without nulls; got {column.type}, {column.null_count:,} nulls"
         )
+    with contextlib.suppress(pa.ArrowException):
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            column = column.cast(pa.int64())
     if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
         return _in_seconds(column.to_numpy())
     moments = _moments(column)

@@ -3,16 +3,13 @@
 What is asked of one kind is answered in the same kind. Neither pandas nor polars is needed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from glob import glob
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from hstu_rec.data.dataset import parts
+from hstu_rec.settings import did_you_mean
 
 TableKind = Literal["pandas", "polars", "arrow"]
 COLUMNS = ("user_id", "item_id", "timestamp")
@@ -31,20 +28,29 @@ class Columns:
         names = [self.user, self.item, self.time]
         if any(type(name) is not str or not name for name in names) or len(set(names)) < 3:
             return [f"user, item and time columns must be three different names; got {names}"]
+        if taken := {"rank", "score"} & {*names}:
+            return [f"columns of answers are called {' and '.join(sorted(taken))}; rename yours"]
         return []
 
     def standard(self, table: pa.Table) -> pa.Table:
         """user_id | item_id | timestamp of a table with these columns. Raises ValueError where one is missing
         or there twice."""
-        names = (self.user, self.item, self.time)
-        for name in names:
-            if (count := table.column_names.count(name)) != 1:
-                there = ", ".join(table.column_names) or "none"
+        self.check(table.column_names)
+        return pa.table(
+            [table[name] for name in (self.user, self.item, self.time)], names=list(COLUMNS)
+        )
+
+    def check(self, there: Sequence[str]) -> None:
+        """Raises ValueError unless each is once among the columns that are there."""
+        for name in (self.user, self.item, self.time):
+            if (count := [*there].count(name)) != 1:
+                names = [*map(str, there)]
+                near = "" if count else did_you_mean(name, names)
                 raise ValueError(
-                    f"events need one column {name!r}; there are {count} of {there}; name the columns, "
-                    "in fit() or load(), with user_column, item_column and time_column"
+                    f"{count or 'no'} column{'s' if count else ''} of the events {'are' if count else 'is'} "
+                    f"called {name!r}{near}; there are {', '.join(names) or 'none'}; name them, in "
+                    "fit() or load(), with user_column, item_column and time_column"
                 )
-        return pa.table([table[name] for name in names], names=list(COLUMNS))
 
 
 def kind_of_table(table: Any) -> TableKind:
@@ -54,11 +60,32 @@ def kind_of_table(table: Any) -> TableKind:
     return package if is_frame and package in ("pandas", "polars") else "arrow"
 
 
-def arrow_of(table: Any) -> pa.Table:
-    """The rows of a DataFrame of pandas or polars, an Arrow table or batch, or columns by name.
+def arrow_of(table: Any, names: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a DataFrame of pandas or polars, an Arrow table or batch, or columns by name; all columns,
+    or those of `names` that are there.
 
     Raises ValueError for what is none of them, and for columns of values of several types.
     """
+    _check_kind(table)
+    try:
+        return _plain(_arrow_of(table if names is None else _selected(table, names)))
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"the table cannot be read: {error}; give columns of equal length, each of one type"
+        ) from error
+
+
+def names_of(table: Any) -> list[str]:
+    """What the columns are called of a table that arrow_of takes; raises as it does."""
+    _check_kind(table)
+    if isinstance(table, Mapping):
+        return [*table]
+    if isinstance(table, pa.Table | pa.RecordBatch):
+        return table.schema.names
+    return [*(pa.table(table).column_names if kind_of_table(table) == "arrow" else table.columns)]
+
+
+def _check_kind(table: Any) -> None:
     is_table = isinstance(table, Mapping | pa.Table | pa.RecordBatch) or hasattr(
         table, "__arrow_c_stream__"
     )
@@ -71,12 +98,18 @@ def arrow_of(table: Any) -> pa.Table:
             "events must be a DataFrame of pandas or polars, an Arrow table, columns by name, or a path of "
             f"files; got {type(table).__name__}"
         )
-    try:
-        return _plain(_arrow_of(table))
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(
-            f"the table cannot be read: {error}; give columns of equal length, each of one type"
-        ) from error
+
+
+def _selected(table: Any, names: Sequence[str]) -> Any:
+    """The table with those of the columns alone, so that others may be of any kind."""
+    if isinstance(table, Mapping):
+        return {name: table[name] for name in names if name in table}
+    if isinstance(table, pa.Table | pa.RecordBatch):
+        there = [place for place, name in enumerate(table.schema.names) if name in names]
+        return table.select(there)
+    if kind_of_table(table) == "arrow":  # a stream, whose columns nobody knows yet
+        return _selected(pa.table(table), names)
+    return table[[name for name in dict.fromkeys(names) if name in table.columns]]
 
 
 def _arrow_of(table: Any) -> pa.Table:
@@ -109,30 +142,3 @@ def as_kind(answer: pa.Table, kind: TableKind) -> Any:
 
         return polars.from_arrow(answer)
     return answer
-
-
-def read_parquet(source: str | Path, columns: list[str]) -> pa.Table:
-    """Columns of a parquet file, of those of a folder, or of a glob.
-
-    Raises FileNotFoundError when there is none, ValueError for one that is no parquet or lacks a column.
-    """
-    path = Path(source)
-    files = parts(path) if path.exists() else sorted(map(Path, glob(str(source), recursive=True)))
-    if not files:
-        raise FileNotFoundError(f"there is no parquet file at {source}")
-    tables = []
-    for file in files:
-        try:
-            names = pq.read_schema(file).names
-            if missing := [name for name in columns if name not in names]:
-                raise ValueError(f"it lacks {', '.join(missing)} and has {', '.join(names)}")
-            tables.append(pq.ParquetFile(file).read(columns=columns))
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise ValueError(
-                f"{file} cannot be read as parquet: {error}; give parquet files, or a table "
-                "(pandas.read_csv reads text)"
-            ) from error
-    try:
-        return pa.concat_tables(tables)
-    except pa.ArrowException as error:
-        raise ValueError(f"the files at {source} have columns of other types: {error}") from error
