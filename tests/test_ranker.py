@@ -175,8 +175,8 @@ def test_columns_and_tasks_are_held_against_the_dataset():
     assert features_of(["stars"], [], facts) == [Feature("stars", 0, 3.0, 1.5)]
     holes = facts | {"stars": stars | {"num_missing": 7}}
     assert features_of(["stars"], ["stars"], holes) == [Feature("stars", 6, has_missing=True)]
-    with pytest.raises(ValueError, match="7 events have no 'stars', so that nobody knows whether"):
-        Task.of("stars>=4").limit(holes)
+    labels = Task.of("stars>=4").labels(torch.tensor([math.nan, 5.0, 1.0]), 4.0)
+    assert labels[0].isnan() and labels[1:].tolist() == [1, 0]
     with pytest.raises(ValueError, match="'stars' is from 1 to 5, with fractions; categories are"):
         features_of(["stars"], ["stars"], facts | {"stars": stars | {"is_whole": False}})
     for names, categories, told in [

@@ -202,6 +202,31 @@ def test_a_task_of_one_label_is_told_before_training(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_event_without_a_label_is_no_example(tmp_path):
+    """What has no rating adds nothing to the loss, and figures are those of the rest."""
+    likes(tmp_path, 20, 30)
+    table = pq.read_table(tmp_path / "likes.parquet").to_pandas()
+    table["view"] = table["rating"]
+    table.loc[::3, "rating"] = np.nan
+    table.to_parquet(tmp_path / "holes.parquet")
+    config = PrepareConfig(feature_columns=["rating", "view"], split="share", overwrite=True)
+    prepare(config, tmp_path / "holes.parquet", tmp_path / "data")
+    settings = [*SMALL, f"data.path={tmp_path}/data", "ranker.tasks=[rating>=4,view>=4]"]
+    with distributed.process_group("cpu") as device:
+        learner = RankLearner(load(RankRunConfig, settings), Dataset(tmp_path / "data"), device)
+        learner.check_labels()
+        scored = learner.windows.batch(0, 0)
+        lacks = scored.labels[:, 0].isnan()
+        assert 0 < int(lacks.sum()) < len(lacks) and not scored.labels[:, 1].isnan().any()
+        logits = torch.zeros(len(lacks), 2, requires_grad=True)
+        learner._loss(logits, scored).backward()
+        assert (logits.grad[:, 0] == 0).tolist() == lacks.tolist() and logits.grad[:, 1].all()
+        figures = learner.evaluate("test")
+        assert figures["rating>=4"]["num_events"] < figures["view>=4"]["num_events"] == 20 * 3
+        assert all(figures[task]["auc"] is not None for task in figures)
+        assert math.isfinite(learner.step(0, 0, 0).loss)
+
+
 def losses_and_figures(path, history):
     settings = [*SMALL, "encoder.dropout=0", f"ranker.history={history}", f"data.path={path}/data"]
     learner = RankLearner(

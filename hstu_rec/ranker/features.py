@@ -140,13 +140,7 @@ class Task:
 
     def limit(self, facts: dict[str, Any]) -> float:
         """The number that the column is compared with. Raises ValueError for what it never is."""
-        facts_of = facts.get(self.column, {})
-        if missing := facts_of.get("num_missing", 0):
-            raise ValueError(
-                f"task '{self.text}': {missing:,} events have no '{self.column}', so that nobody knows "
-                "whether they are so; prepare a table without these rows"
-            )
-        values = facts_of.get("values")
+        values = facts.get(self.column, {}).get("values")
         if values is None:
             try:
                 return float(self.value)
@@ -162,7 +156,7 @@ class Task:
         return float(values.index(self.value))
 
     def labels(self, values: Tensor, limit: float) -> Tensor:
-        """float32 [n] of 0 and 1."""
+        """float32 [n] of 0 and 1, NaN where the column has no value."""
         limit = float(torch.tensor(limit, dtype=values.dtype))  # 0.1 as the column holds it
         compared = {
             ">=": values >= limit,
@@ -171,4 +165,4 @@ class Task:
             "<": values < limit,
             "==": values == limit,
         }
-        return compared[self.sign].float()
+        return torch.where(values.isnan(), torch.nan, compared[self.sign].float())

@@ -13,7 +13,7 @@ from hstu_rec.data.stream import Split
 from hstu_rec.item_table import ItemTable, shard_model
 from hstu_rec.pipeline import Place
 from hstu_rec.ranker.config import RankRunConfig
-from hstu_rec.ranker.features import features_of
+from hstu_rec.ranker.features import Task, features_of
 from hstu_rec.ranker.model import ranking_model
 from hstu_rec.ranker.scoring import binary_metrics
 from hstu_rec.ranker.windows import Scored, Windows
@@ -60,11 +60,15 @@ class RankLearner(AnyLearner):
         return self._loss(self.model(batch, sent), scored)
 
     def _loss(self, logits: Tensor, scored: Scored) -> Tensor:
-        """This rank's part of the mean cross entropy over targets and tasks."""
+        """This rank's part of the mean cross entropy over targets and tasks; a target without a label of a
+        task counts with 0 there, whatever is predicted."""
         labels, is_target = scored.labels.to(self.device), scored.is_target.to(self.device)
-        total = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        counts = is_target[:, None] & ~labels.isnan()
+        total = nn.functional.binary_cross_entropy_with_logits(
+            logits, labels.nan_to_num(), reduction="none"
+        )
         count = scored.num_targets_global * labels.shape[1]
-        return torch.where(is_target[:, None], total, 0.0).sum() / count
+        return torch.where(counts, total, 0.0).sum() / count
 
     @torch.no_grad()
     def evaluate(
@@ -84,24 +88,29 @@ class RankLearner(AnyLearner):
             after_batch()
         self.model.train(was_training)
         probabilities, labels, users = (torch.cat(one) for one in zip(*found, strict=True))
-        return {
-            task: binary_metrics(probabilities[:, place], labels[:, place], users)
-            for place, task in enumerate(self.config.ranker.tasks)
-        }
+        found_by_task = {}
+        for place, task in enumerate(self.config.ranker.tasks):
+            is_known = ~labels[:, place].isnan()
+            found_by_task[task] = binary_metrics(
+                probabilities[is_known, place], labels[is_known, place], users[is_known]
+            )
+        return found_by_task
 
     def check_labels(self) -> None:
-        """Raises ValueError on all ranks where a split has no events, or a task one label in validation."""
-        names: tuple[Split, ...] = ("valid", "test")
+        """Raises ValueError on all ranks where a split has no event with a label of a task, or validation one
+        label alone."""
+        tasks, names = self.config.ranker.tasks, ("valid", "test")
         for split in names:
-            total = torch.zeros(1 + len(self.config.ranker.tasks), dtype=torch.float64)
+            total = torch.zeros(2, len(tasks), dtype=torch.float64)
             for scored in self.windows.evaluation(split):
                 labels = scored.labels[scored.is_target].double()
-                total += torch.cat([torch.tensor([len(labels)]), labels.sum(0)])
-            count, *positive = distributed.all_reduce_sum(total).tolist()
-            same = [n in (0, count) for n in positive]
-            if split == "valid" and any(same):
-                task = self.config.ranker.tasks[same.index(True)]
-                raise ValueError(
-                    f"task '{task}': all labels of the {count:,.0f} validation events are the same, so that "
-                    "no model can be chosen by it; give another task"
-                )
+                total += torch.stack([(~labels.isnan()).sum(0), labels.nansum(0)])
+            counts = distributed.all_reduce_sum(total).T.tolist()
+            for task, (count, positive) in zip(tasks, counts, strict=True):
+                told = f"all labels of the {count:,.0f} validation events are the same, so that"
+                if not count:
+                    told = f"no event of the {split} split has '{Task.of(task).column}', and"
+                if not count or (split == "valid" and positive in (0, count)):
+                    raise ValueError(
+                        f"task '{task}': {told} no model can be chosen by it; give another task"
+                    )
