@@ -37,6 +37,7 @@ from hstu_rec.item_table import ROWS_NAME
 from hstu_rec.program import write_programs
 from hstu_rec.quantised import Int8Rows
 from hstu_rec.report import listing, metric_table
+from hstu_rec.run_folder import settings_file
 from hstu_rec.serving import ServingModel
 from hstu_rec.settings import at_least, within, without_effect
 from hstu_rec.versions import versions
@@ -132,13 +133,14 @@ class TrainedRun:
 def open_run(folder: Path) -> TrainedRun:
     """A finished run's best checkpoint, verified. Raises ValueError, or FileNotFoundError for what is no
     finished run with a catalogue of its own."""
-    needed = ("config.yaml", "result.json", ITEM_MAP, "checkpoints")
+    written = settings_file(folder)
+    needed = (written.name, "result.json", ITEM_MAP, "checkpoints")
     if missing := [name for name in needed if not (folder / name).exists()]:
         raise FileNotFoundError(
             f"{folder} cannot be exported: {', '.join(missing)} missing; give the folder of a run that is "
             f"through, as apps/train.py leaves it (one on data.path=synthetic has no {ITEM_MAP})"
         )
-    config = load(RunConfig, [str(folder / "config.yaml")])
+    config = load(RunConfig, [str(written)])
     path = checkpoint.resolve(folder / "checkpoints", "best")
     if problems := checkpoint.problems_of(path):
         raise ValueError(f"{path} is damaged: {'; '.join(problems)}")

@@ -9,8 +9,20 @@ from hstu_rec.tracking import METRICS_FILE
 
 # Folders of runs that were given none.
 RUNS = Path("runs")
+# What the features of a ranker mean; only its runs have it.
+FEATURES_FILE = "features.json"
 # By one of them a run's folder is known.
 OF_A_RUN = ("checkpoints", "config.yaml", METRICS_FILE, lock.LOCK)
+
+
+def settings_file(folder: Path) -> Path:
+    """The config.yaml of a next-item run. Raises ValueError for the folder of a ranker."""
+    if (folder / FEATURES_FILE).exists():
+        raise ValueError(
+            f"{folder} is a run of apps/train_ranker.py; hstu_rec.ranker.load_ranker reads it, and this is "
+            "for runs of apps/train.py"
+        )
+    return folder / "config.yaml"
 
 
 def of_this_job(config: AnyTrainConfig) -> Path | None:

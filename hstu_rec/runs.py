@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from hstu_rec import distributed
 from hstu_rec.config import RunConfig, leaves, load, save
+from hstu_rec.run_folder import settings_file
 
 TREE = Path(__file__).parent.parent
 TRAIN_APP = TREE / "apps" / "train.py"
@@ -100,7 +101,7 @@ def measured_config(folder: Path, overrides: Sequence[str]) -> RunConfig:
     Raises FileNotFoundError when `folder` is no run's, ValueError for a setting that would make another model
     or change nothing.
     """
-    written = folder / "config.yaml"
+    written = settings_file(folder)
     if not written.is_file():
         what = f"has no {written.name}" if folder.is_dir() else "does not exist"
         raise FileNotFoundError(

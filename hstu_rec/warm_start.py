@@ -27,6 +27,7 @@ from hstu_rec.data.item_map import ITEM_MAP, MatchedItems, item_map_hash, keep_i
 from hstu_rec.item_table import draw_rows, has_rows, local_shards, shards_of
 from hstu_rec.layer import Calendar
 from hstu_rec.learner import Learner
+from hstu_rec.run_folder import settings_file
 
 BLOCK_ROWS = 2**16
 # Of training counts: 0, 1, 2 to 3, 4 to 7, ... of an int64.
@@ -80,14 +81,15 @@ def former_run(given: str) -> FormerRun:
     folder = path.parent.parent if is_step else path
 
     def look() -> RunConfig:
-        needed = [path, folder / "config.yaml", folder / ITEM_MAP]
+        written = settings_file(folder)
+        needed = [path, written, folder / ITEM_MAP]
         if missing := [str(one) for one in needed if not one.exists()]:
             raise ValueError(
                 f"train.warm_start {given}: {', '.join(missing)} missing; give the folder of a run, as "
                 f"apps/train.py leaves it with config.yaml, {ITEM_MAP} (the own ids of its rows) and "
                 "checkpoints, or RUN/checkpoints/step_<number>"
             )
-        return load(RunConfig, [str(folder / "config.yaml")])
+        return load(RunConfig, [str(written)])
 
     config = hosts.together(look)[distributed.rank()]
     found = path if is_step else checkpoint.resolve(folder / "checkpoints", "best")

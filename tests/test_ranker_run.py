@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from hstu_rec import distributed
-from hstu_rec.config import load
+from hstu_rec.config import RunConfig, load
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.prepare import PrepareConfig, prepare
+from hstu_rec.data.stream import DataConfig
+from hstu_rec.export import ExportConfig, export
 from hstu_rec.item_table import local_shards
 from hstu_rec.ranker.config import RankRunConfig
 from hstu_rec.ranker.learner import RankLearner
@@ -23,8 +25,10 @@ from hstu_rec.ranker.model import RankBatch, RankerConfig
 from hstu_rec.ranker.scoring import grouped_auc
 from hstu_rec.ranker.training import train_ranker
 from hstu_rec.ranker.windows import Windows
+from hstu_rec.runs import measured_config
 from hstu_rec.signals import Stopped
 from hstu_rec.tracking import read_metrics
+from hstu_rec.warm_start import former_run
 from tests.ranks import run_ranks
 
 
@@ -102,7 +106,22 @@ def test_a_rule_that_the_history_alone_tells_is_learned(tmp_path):
     )
     with pytest.raises(ValueError, match="holds a run already"):
         train_ranker(load(RankRunConfig, settings))
+    check_refused(tmp_path / "run", tmp_path / "out")
     check_loaded(tmp_path / "run", Dataset(tmp_path / "data"))
+
+
+def check_refused(run, output):
+    """What is for runs of the next-item model says what this is."""
+    settings = RunConfig(data=DataConfig(path="x"))
+    for wanted in (
+        lambda: export(run, output, ExportConfig()),
+        lambda: measured_config(run, []),
+        lambda: former_run(str(run)).check(settings),
+    ):
+        with pytest.raises(
+            ValueError, match=r"is a run of apps/train_ranker\.py; .*load_ranker reads"
+        ):
+            wanted()
 
 
 def check_loaded(run, data):

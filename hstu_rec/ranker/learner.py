@@ -99,7 +99,8 @@ class RankLearner(AnyLearner):
     def check_labels(self) -> None:
         """Raises ValueError on all ranks where a split has no event with a label of a task, or validation one
         label alone."""
-        tasks, names = self.config.ranker.tasks, ("valid", "test")
+        tasks = self.config.ranker.tasks
+        names: tuple[Split, ...] = ("valid", "test")
         for split in names:
             total = torch.zeros(2, len(tasks), dtype=torch.float64)
             for scored in self.windows.evaluation(split):

@@ -20,8 +20,7 @@ from hstu_rec.item_table import ROWS_NAME
 from hstu_rec.ranker.config import RankRunConfig
 from hstu_rec.ranker.features import Feature
 from hstu_rec.ranker.model import RankingModel, ranking_model
-
-FEATURES_FILE = "features.json"
+from hstu_rec.run_folder import FEATURES_FILE
 
 
 @dataclass(frozen=True)
