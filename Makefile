@@ -58,8 +58,9 @@ hooks: .venv/.docs
 	$(BIN)/pip install -qq --no-deps -r requirements/dev.txt -r requirements/serve.txt
 	touch $@
 
+# compat: a plain path. By default Python, started beside the clone, takes the clone's folder for the package.
 .venv/.stamp: .venv/.pinned pyproject.toml
-	$(BIN)/pip install -qq --no-deps --no-build-isolation -e .
+	$(BIN)/pip install -qq --no-deps --no-build-isolation --config-settings editable_mode=compat -e .
 	touch $@
 
 .venv/.pinned: requirements/install.py requirements/cpu.txt

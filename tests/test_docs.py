@@ -43,7 +43,8 @@ PAGES += sorted(DOCS.glob("*.md"))
 NOTEBOOK = DOCS / "example.ipynb"
 
 NOT_TRIED = {
-    "pip install -r requirements/cuda.txt && pip install -e . torchx": "downloads CUDA's packages",
+    "pip install -r requirements/cuda.txt": "downloads CUDA's packages",
+    "pip install --config-settings editable_mode=compat -e . torchx": "the same environment",
 }
 # Sections whose blocks are indented.
 INDENTED = {

@@ -4,6 +4,8 @@ import ast
 import importlib.util
 import os
 import re
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -162,6 +164,29 @@ def test_one_command_makes_the_environment_and_does_the_work(target: str, tmp_pa
     steps += {"demo": ["apps/train.py configs/demo.yaml"], "test": ["-m pytest"]}[target]
     places = [done.stdout.find(step) for step in steps]
     assert places == sorted(places) and places[0] >= 0
+
+
+def test_beside_a_clone_called_like_the_package_the_package_is_found(tmp_path: Path) -> None:
+    clone, site = tmp_path / "hstu_rec", tmp_path / "site"
+    shutil.copytree(ROOT / "hstu_rec", clone / "hstu_rec")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    line = re.search(r"^\t\$\(BIN\)/pip (install .* -e \.)$", (ROOT / "Makefile").read_text(), re.M)
+    assert line is not None
+    pip = [sys.executable, "-m", "pip", *shlex.split(line[1]), "--no-index", "--target", str(site)]
+    subprocess.run(pip, cwd=clone, check=True, timeout=120)
+    # Without the packages of this environment, where the package may be installed in another way.
+    code = (
+        f"import site; site.addsitedir({str(site)!r}); import hstu_rec; print(hstu_rec.__version__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={"PATH": ""},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == f"{hstu_rec.__version__}\n", done.stderr
 
 
 def fake_versions(monkeypatch: pytest.MonkeyPatch, **installed: str) -> None:
