@@ -54,12 +54,13 @@ hooks: .venv/.docs
 	$(BIN)/pip install -qq --no-deps -r requirements/docs.txt
 	touch $@
 
-.venv/.dev: .venv/.stamp requirements/dev.txt requirements/serve.txt
-	$(BIN)/pip install -qq --no-deps -r requirements/dev.txt -r requirements/serve.txt
+.venv/.dev: .venv/.stamp requirements/dev.txt
+	$(BIN)/pip install -qq --no-deps -r requirements/dev.txt
 	touch $@
 
-# compat: a plain path. By default Python, started beside the clone, takes the clone's folder for the package.
-.venv/.stamp: .venv/.pinned pyproject.toml
+# compat: a plain path. By default Python, started beside a clone called hstu_rec, takes it for the package.
+.venv/.stamp: .venv/.pinned requirements/serve.txt pyproject.toml
+	$(BIN)/pip install -qq --no-deps -r requirements/serve.txt
 	$(BIN)/pip install -qq --no-deps --no-build-isolation --config-settings editable_mode=compat -e .
 	touch $@
 

@@ -9,39 +9,20 @@
 `help` lists the keys, GET /docs the fields.
 """
 
+import sys
 import warnings
-from functools import partial
-from typing import Any
 
-import uvicorn
-from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+try:
+    import uvicorn
 
-from hstu_rec import __version__, load_bundle
-from hstu_rec.answers import Request, ServeConfig, Together, answers, sentence
-from hstu_rec.config import help_text, load, run_app
-from hstu_rec.serving import ServingModel
-
-
-def server(model: ServingModel, max_together: int) -> FastAPI:
-    """The application; what is wrong with a request is told by 422 and {"detail": a sentence}."""
-    app, together = FastAPI(), Together(partial(answers, model), max_together)
-    about = {"name": model.config.about.get("name"), "items": len(model.items)}
-    about |= {"version": __version__, "uses_query_time": model.uses_query_time}
-
-    @app.post("/recommend")
-    async def recommend(request: Request) -> dict[str, Any]:
-        return await together.ask(request)
-
-    app.get("/health")(lambda: about)
-
-    @app.exception_handler(ValueError)
-    @app.exception_handler(RequestValidationError)
-    async def explain(_: Any, error: Exception) -> JSONResponse:
-        return JSONResponse({"detail": sentence(error)}, 422)
-
-    return app
+    from hstu_rec import load_bundle
+    from hstu_rec.answers import ServeConfig
+    from hstu_rec.config import help_text, load, run_app
+    from hstu_rec.web import application
+except ModuleNotFoundError as error:
+    install = "run `python requirements/install.py serve.txt` (for hstu_rec itself: PYTHONPATH=.)"
+    print(f"error: the package {error.name} is missing; {install}", file=sys.stderr)
+    sys.exit(2)  # a mistake, as failures has it
 
 
 def main(arguments: list[str]) -> None:
@@ -51,7 +32,7 @@ def main(arguments: list[str]) -> None:
         raise ValueError("give BUNDLE, a folder of apps/export.py, then key=value options")
     config = load(ServeConfig, arguments[1:])
     model = load_bundle(arguments[0], use_index=config.use_index)
-    app = server(model, config.max_together)
+    app = application(model, config.max_together)
     warnings.simplefilter("ignore", UserWarning)  # of users without known events: answers tell it
     uvicorn.run(app, host=config.host, port=config.port, limit_concurrency=config.max_waiting)
 

@@ -18,7 +18,7 @@ LAYERS = [
     {"running"},
     {"starts", "results"},
     {"training"},
-    {"recommending"},
+    {"recommending", "web"},
     {"runs", "warm_start", "planning", "resuming", "export", "answers"},
     {"approximate"},
     {"learner"},

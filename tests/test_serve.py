@@ -78,6 +78,15 @@ def url(bundles):
         process.wait(20)
 
 
+@pytest.mark.parametrize("missing", ["uvicorn", "fastapi", "pydantic", "torch", "hstu_rec"])
+def test_where_a_package_is_missing_the_app_ends_with_a_sentence(missing):
+    code = f"import runpy, sys; sys.modules[{missing!r}] = None; runpy.run_path('apps/serve.py')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert f"error: the package {missing} is missing" in done.stderr
+    assert "run `python requirements/install.py serve.txt`" in done.stderr
+
+
 def got(url, body=None):
     """(status, answer) of a request, `body` being what is sent as JSON, or bytes."""
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()

@@ -151,7 +151,7 @@ def test_without_a_cpu_build_the_installation_stops_with_a_sentence(
         install.main()
 
 
-@pytest.mark.parametrize("target", ["demo", "test"])
+@pytest.mark.parametrize("target", ["env", "demo", "test"])
 def test_one_command_makes_the_environment_and_does_the_work(target: str, tmp_path: Path) -> None:
     (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
     (tmp_path / "requirements").mkdir()
@@ -160,8 +160,13 @@ def test_one_command_makes_the_environment_and_does_the_work(target: str, tmp_pa
     (tmp_path / "pyproject.toml").touch()
     done = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    steps = ["-m venv --clear .venv", "requirements/install.py", "--no-deps", "touch .venv/.stamp"]
-    steps += {"demo": ["apps/train.py configs/demo.yaml"], "test": ["-m pytest"]}[target]
+    steps = [
+        "-m venv --clear .venv",
+        "requirements/install.py",
+        "--no-deps -r requirements/serve.txt",
+    ]
+    steps += [" -e .", "touch .venv/.stamp"]
+    steps += {"demo": ["apps/train.py configs/demo.yaml"], "test": ["-m pytest"]}.get(target, [])
     places = [done.stdout.find(step) for step in steps]
     assert places == sorted(places) and places[0] >= 0
 
