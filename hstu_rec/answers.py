@@ -13,9 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, Self, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from hstu_rec.data.histories import rows_of
+from hstu_rec.data.dataset import LATEST_S
+from hstu_rec.data.histories import rows_of, seconds_of
 from hstu_rec.serving import ServingModel
 from hstu_rec.settings import at_least, within
 
@@ -63,7 +65,8 @@ class Request(BaseModel):
     candidates: OwnIds | None = Field(None, min_length=1, max_length=MAX_CANDIDATES)
     """Own ids of the items that may be recommended; all when null."""
     at: int | None = None
-    """Unix seconds for which is recommended, for models that use it; now when null."""
+    """Unix seconds for which is recommended, for models that use it, not before the newest event; when null
+    now, or the newest event where that is later."""
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
@@ -75,22 +78,82 @@ class Request(BaseModel):
         return self
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A request in the model's terms."""
+
+    request: Request
+    seconds: np.ndarray
+    """int64 [n] unix seconds of its events."""
+    at: int | None
+    """Unix seconds for which is recommended, where the model uses them."""
+    num_unknown: int
+    """Events of unknown items."""
+
+    @classmethod
+    def of(cls, model: ServingModel, request: Request) -> Self:
+        """Raises ValueError for what is wrong with it, so that it keeps no other from its answer."""
+        seconds, item_ids = seconds_of(request.timestamps), request.item_ids
+        num_known = len(rows_of(item_ids, model.items, "item_ids", "ignore"))
+        at = _query_time(model, request.at, int(seconds.max()))
+        return cls(request, seconds, at, len(item_ids) - num_known)
+
+
 def answers(model: ServingModel, requests: Sequence[Request]) -> list[dict[str, Any] | ValueError]:
     """What each request gets: {"items": [{"item_id", "rank", "score"}, ...] best first, "num_unknown": events
     of unknown items}, with candidates also "num_unknown_candidates"; or ValueError, which says what is wrong
     with it."""
-    alike: dict[Any, list[int]] = {}
+    alike: dict[Any, dict[int, _Asked]] = {}
+    found: dict[int, dict[str, Any] | ValueError] = {}
     for place, one in enumerate(requests):
         chosen = None if one.candidates is None else tuple(one.candidates)
-        alike.setdefault((one.k, one.filter_seen, chosen), []).append(place)
-    found: dict[int, dict[str, Any] | ValueError] = {}
-    for places in alike.values():
-        found |= _answers_alike(model, {place: requests[place] for place in places})
+        try:
+            asked = _Asked.of(model, one)
+        except ValueError as error:
+            found[place] = error
+        else:
+            alike.setdefault((one.k, one.filter_seen, chosen), {})[place] = asked
+    for (_, _, chosen), group in alike.items():
+        try:
+            further = _about_candidates(model, chosen)
+        except ValueError as error:
+            found |= dict.fromkeys(group, error)
+            continue
+        for place, answer in _answers_alike(model, group).items():
+            found[place] = answer if isinstance(answer, ValueError) else answer | further
     return [found[place] for place in range(len(requests))]
 
 
+def _query_time(model: ServingModel, at: int | None, newest: int) -> int | None:
+    """When it is for whoever asks with `at`, and a newest event."""
+    if not model.uses_query_time:
+        if at is not None:
+            raise ValueError(
+                "at has no effect on this model, which does not use the query time; leave it out"
+            )
+        return None
+    if at is None:
+        return max(int(time.time()), newest)  # the clock that the events are from may be ahead
+    if not newest <= at < LATEST_S:
+        raise ValueError(
+            f"at must be unix seconds, not before the newest event, {newest}; got {at}; leave it out for now"
+        )
+    return at
+
+
+def _about_candidates(model: ServingModel, candidates: Sequence[Any] | None) -> dict[str, int]:
+    if candidates is None:
+        return {}
+    num_known = len(rows_of(candidates, model.items, "candidates", "ignore"))
+    if not num_known:
+        raise ValueError(
+            f"none of {len(candidates)} candidates is known; give at least one that is"
+        )
+    return {"num_unknown_candidates": len(candidates) - num_known}
+
+
 def _answers_alike(
-    model: ServingModel, requests: dict[int, Request]
+    model: ServingModel, requests: dict[int, _Asked]
 ) -> dict[int, dict[str, Any] | ValueError]:
     """By number, of requests that differ in events and times alone."""
     try:
@@ -98,42 +161,32 @@ def _answers_alike(
     except ValueError as error:
         if len(requests) == 1:
             return dict.fromkeys(requests, error)
-    # Each alone, so that what is wrong with one is told to it only.
-    found: dict[int, dict[str, Any] | ValueError] = {}
-    for place, one in requests.items():
-        found |= _answers_alike(model, {place: one})
-    return found
+    # By halves, so that what is wrong with one is told to it only and most others stay together.
+    each, middle = [*requests.items()], len(requests) // 2
+    return _answers_alike(model, dict(each[:middle])) | _answers_alike(model, dict(each[middle:]))
 
 
 def _answered(
-    model: ServingModel, requests: dict[int, Request]
+    model: ServingModel, requests: dict[int, _Asked]
 ) -> dict[int, dict[str, Any] | ValueError]:
-    first = next(iter(requests.values()))
+    first = next(iter(requests.values())).request
     events = {
-        "user_id": [place for place, one in requests.items() for _ in one.item_ids],
-        "item_id": [item for one in requests.values() for item in one.item_ids],
-        "timestamp": [at for one in requests.values() for at in one.timestamps],
+        "user_id": np.repeat([*requests], [len(one.seconds) for one in requests.values()]),
+        "item_id": [item for one in requests.values() for item in one.request.item_ids],
+        "timestamp": np.concatenate([one.seconds for one in requests.values()]),
     }
-    now = int(time.time()) if model.uses_query_time else None
-    given: dict[int, Any] = {
-        place: now if one.at is None else one.at for place, one in requests.items()
-    }
-    is_timed = model.uses_query_time or any(at is not None for at in given.values())
+    times = {place: one.at for place, one in requests.items() if one.at is not None}
     table = model.recommend(
         events,
         first.k,
         filter_seen=first.filter_seen,
         candidates=first.candidates,
         on_unknown="ignore",
-        at=given if is_timed else None,
+        at=times or None,
     )
-    found: dict[int, Any] = {}
-    for place, one in requests.items():
-        num_known = len(rows_of(one.item_ids, model.items, "item_ids", "ignore"))
-        found[place] = {"items": [], "num_unknown": len(one.item_ids) - num_known}
-        if one.candidates is not None:
-            num_chosen = len(rows_of(one.candidates, model.items, "candidates", "ignore"))
-            found[place]["num_unknown_candidates"] = len(one.candidates) - num_chosen
+    found: dict[int, Any] = {
+        place: {"items": [], "num_unknown": one.num_unknown} for place, one in requests.items()
+    }
     for row in table.to_pylist():
         found[row.pop("user_id")]["items"].append(row)
     return found

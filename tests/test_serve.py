@@ -21,6 +21,7 @@ from hstu_rec import __version__, export, load_bundle
 from hstu_rec.answers import Request, Together, answers
 from hstu_rec.benchmarks.serving import ServingTimes, serving_times
 from hstu_rec.export import ExportConfig
+from hstu_rec.serving import ServingModel
 from tests.shared_models import train_run, write_data
 
 ROOT = Path(__file__).parent.parent
@@ -170,7 +171,7 @@ def test_candidates_unknown_items_and_users_without_known_ones_are_answered(url)
         (GOOD | {"timestamps": [5, 2**65]}, ""),
         (GOOD | {"timestamps": [5, "2020-01-01"]}, "timestamps"),
         (GOOD | {"timestamps": ["yesterday", "today"]}, "ISO text; got string, such as 'yesterday"),
-        (GOOD | {"item_ids": [1, 2]}, "item_id holds integers, the model's items are strings"),
+        (GOOD | {"item_ids": [1, 2]}, "item_ids holds integers, the model's items are strings"),
         (GOOD | {"item_ids": ["item 0001", None]}, "item_ids"),
         (GOOD | {"item_ids": ["item 0001", 2]}, "item_ids"),
         ({"item_ids": [], "timestamps": []}, "item_ids"),
@@ -206,13 +207,78 @@ def test_what_is_wrong_with_one_request_is_told_to_it_alone(bundles):
     assert isinstance(wrong, ValueError) and "outside 0" in str(wrong)
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """How many users each call of the model was for."""
+    made, recommend = [], ServingModel.recommend
+
+    def counted(self, events, *arguments, **options):
+        made.append(len({*np.asarray(events["user_id"]).tolist()}))
+        if "poison" in events["item_id"]:
+            raise ValueError("of the poison")
+        return recommend(self, events, *arguments, **options)
+
+    monkeypatch.setattr(ServingModel, "recommend", counted)
+    return made
+
+
+def assert_as_alone(model, asked):
+    """Held against what the requests get together; the scores of many are added in another order."""
+    for one, answer in zip(asked, answers(model, asked), strict=True):
+        (alone,) = answers(model, [one])
+        if isinstance(alone, ValueError):
+            assert str(answer) == str(alone)
+            continue
+        scores = [row.pop("score") for row in answer["items"]]
+        assert scores == pytest.approx([row.pop("score") for row in alone["items"]], abs=1e-6)
+        assert answer == alone
+
+
+@pytest.mark.parametrize("kind", ["plain", "timed"])
+def test_requests_of_other_forms_and_wrong_ones_leave_the_others_together(bundles, calls, kind):
+    model, at = load_bundle(bundles / kind), 1_600_000_000
+    forms = [[at, at + 1], [at * 1000, at * 1000 + 5], ["2020-09-13T12:26:40", "2020-09-14"]]
+    forms += [
+        ["2020-09-13T12:26:40+02:00", "2020-09-14T00:00:00Z"],
+        [at * 10**9] * 2,
+        ["2020-09-13"] * 2,
+    ]
+    good = [Request(**GOOD | {"timestamps": times}) for times in forms]
+    wrong = [GOOD | {"item_ids": [1, 2]}, GOOD | {"timestamps": [-1, 5]}, GOOD | {"at": 3}]
+    wrong += [GOOD | {"timestamps": ["today", "now"]}, GOOD | {"timestamps": [5, at * 1000]}]
+    mixed = [*good, *(Request(**one) for one in wrong), *good]
+    found = answers(model, mixed)
+    assert calls == [2 * len(good)]
+    assert [isinstance(one, ValueError) for one in found] == [False] * 6 + [True] * 5 + [False] * 6
+    assert_as_alone(model, mixed)
+
+
+def test_of_requests_that_fail_together_halves_are_tried(bundles, calls):
+    model = load_bundle(bundles / "plain")
+    poison = Request(item_ids=["poison"], timestamps=[5])
+    found = answers(model, [Request(**GOOD)] * 40 + [poison] + [Request(**GOOD)] * 23)
+    assert str(found.pop(40)) == "of the poison" and calls[0] == 64 and len(calls) == 1 + 2 * 6
+    assert all(len(one["items"]) == 10 for one in found)
+
+
+def test_candidates_that_are_wrong_for_all_of_a_group_are_tried_once(bundles, calls):
+    model = load_bundle(bundles / "plain")
+    for candidates, told in ((["new"], "none of 1 candidates is known"), ([1], "candidates holds")):
+        asked = [Request(**GOOD, candidates=candidates)] * 9
+        assert all(told in str(one) for one in answers(model, asked)) and not calls
+
+
 def test_a_model_that_uses_the_query_time_takes_now_or_the_time_that_is_given(bundles, monkeypatch):
     model = load_bundle(bundles / "timed")
     monkeypatch.setattr(time, "time", lambda: 1e9 + 0.5)
     now, same, later = answers(model, [Request(**GOOD, at=at) for at in (None, 10**9, 2 * 10**9)])
     assert now == same != later
-    early = answers(model, [Request(**GOOD, at=5)])[0]
-    assert isinstance(early, ValueError) and "not before the newest event" in str(early)
+    ahead = GOOD | {"timestamps": [10**9 - 5, 10**9 + 1]}
+    from_the_future, then = answers(model, [Request(**ahead, at=at) for at in (None, 10**9 + 1)])
+    assert from_the_future == then and len(then["items"]) == 10
+    for at in (5, 10**12):
+        (refused,) = answers(model, [Request(**GOOD, at=at)])
+        assert f"not before the newest event, 6; got {at}" in str(refused)
 
 
 def test_those_that_wait_are_answered_together_and_a_failure_ends_none_but_theirs():

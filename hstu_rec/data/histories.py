@@ -50,7 +50,7 @@ def read_histories(events: Events, index: IdIndex, on_unknown: OnUnknown = "warn
     """
     columns = _columns(events)
     users, own_items = (_ids(columns[name], name) for name in ("user_id", "item_id"))
-    times = _seconds(columns["timestamp"])
+    times = seconds_of(columns["timestamp"])
     items = _rows(own_items, index, ("item_id", "events", "items"), on_unknown)
     is_known = items >= 0
     encoded = users.dictionary_encode()
@@ -75,12 +75,42 @@ def rows_of(
     warning, or not at all: ValueError, by `on_unknown`."""
     if isinstance(ids, str | bytes) or not hasattr(ids, "__len__"):
         raise ValueError(f"{what} must be a list or an array of own ids; got {ids!r}")
-    try:
-        column = ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{what} must be own ids, all integers or all strings: {error}") from error
+    column = _array(ids, f"{what} must be own ids, all integers or all strings")
     rows = _rows(_ids(column, what), index, (what, what, kind), on_unknown)
     return rows[rows >= 0]
+
+
+def seconds_of(times: Any) -> np.ndarray:
+    """int64 [n] unix seconds of times, a list or an array of numpy or Arrow: whole numbers, also as text, in
+    s, ms, us or ns, which their size tells; timestamps and dates; ISO text. What has no zone is UTC.
+
+    Raises ValueError for others, nulls, several units, and times that are no seconds from 1970 on.
+    """
+    column = _array(times, "timestamps must be unix times or ISO text")
+    if not len(column):
+        return np.zeros(0, dtype=np.int64)
+    if column.null_count:
+        raise ValueError(
+            f"timestamp must be without nulls; got {column.type}, {column.null_count:,} nulls"
+        )
+    with contextlib.suppress(pa.ArrowException):
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            column = column.cast(pa.int64())
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        return _in_seconds(column.to_numpy())
+    moments = _moments(column)
+    return _checked(
+        moments.cast(pa.timestamp("s", tz=moments.type.tz), safe=False).cast(pa.int64()).to_numpy()
+    )
+
+
+def _array(values: Any, wanted: str) -> pa.Array | pa.ChunkedArray:
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return values
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{wanted}: {error}") from error
 
 
 def _rows(
@@ -114,7 +144,7 @@ def _columns(events: Events) -> pa.Table:
     return table
 
 
-def _ids(column: pa.ChunkedArray, name: str) -> pa.Array:
+def _ids(column: pa.Array | pa.ChunkedArray, name: str) -> pa.Array:
     if not len(column):
         return pa.array([], pa.int64())
     try:
@@ -123,27 +153,7 @@ def _ids(column: pa.ChunkedArray, name: str) -> pa.Array:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _seconds(column: pa.ChunkedArray) -> np.ndarray:
-    """int64 [T] unix seconds of times: whole numbers, also as text, in s, ms, us or ns, which their size
-    tells; timestamps and dates; ISO text. What has no zone is UTC."""
-    if not len(column):
-        return np.zeros(0, dtype=np.int64)
-    if column.null_count:
-        raise ValueError(
-            f"timestamp must be without nulls; got {column.type}, {column.null_count:,} nulls"
-        )
-    with contextlib.suppress(pa.ArrowException):
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            column = column.cast(pa.int64())
-    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
-        return _in_seconds(column.to_numpy())
-    moments = _moments(column)
-    return _checked(
-        moments.cast(pa.timestamp("s", tz=moments.type.tz), safe=False).cast(pa.int64()).to_numpy()
-    )
-
-
-def _moments(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _moments(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     if pa.types.is_timestamp(column.type):
         return column
     is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
