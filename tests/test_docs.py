@@ -29,11 +29,12 @@ from hstu_rec.answers import ServeConfig
 from hstu_rec.benchmarks import MEASURES
 from hstu_rec.config import RunConfig, load
 from hstu_rec.data.check import CheckConfig
-from hstu_rec.data.prepare import PrepareConfig
+from hstu_rec.data.prepare import PrepareConfig, prepare
 from hstu_rec.export import ExportConfig
 from hstu_rec.planning import PlannedRun
 from hstu_rec.quality import QualitySettings
 from hstu_rec.ranker.config import RankRunConfig
+from hstu_rec.ranker.training import train_ranker
 from hstu_rec.recommending import RecommendConfig
 
 ROOT = Path(__file__).parent.parent
@@ -142,7 +143,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = pa.table({"user_id": users, "item_id": items, "timestamp": times})
     pq.write_table(table, folder / "events.parquet")
     pyarrow.csv.write_csv(table.rename_columns(["user", "item", "ts"]), folder / "events.csv")
+    train_shop(folder, table)
     return folder
+
+
+def train_shop(folder: Path, table: pa.Table) -> None:
+    """The ranker of the guide, whose events now and then lack a device."""
+    count = range(table.num_rows)
+    table = table.append_column("action", pa.array(["buy" if n % 3 else "view" for n in count]))
+    devices = [("phone", "tv", None)[n % 7 % 3] for n in count]
+    pq.write_table(table.append_column("device", pa.array(devices)), folder / "shop.parquet")
+    config = PrepareConfig(feature_columns=["action", "device"], split="share")
+    prepare(config, folder / "shop.parquet", folder / "data" / "shop")
+    settings = ["ranker.tasks=[action==buy]", "ranker.context=[device]", "train.max_epochs=1"]
+    place = [f"data.path={folder}/data/shop", f"train.run_dir={folder}/runs/shop"]
+    train_ranker(load(RankRunConfig, [*settings, *place, "train.device=cpu", "encoder.dim=16"]))
 
 
 # What the pages are made of.

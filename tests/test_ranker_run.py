@@ -6,6 +6,7 @@ import re
 import signal
 
 import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -127,24 +128,22 @@ def check_refused(run, output):
 def check_loaded(run, data):
     """A run is loaded without a process group, and scores what comes after each user's training events."""
     ranker = load_ranker(run)
-    assert ranker.tasks == ["rating>=4"] and ranker.items.ids.to_pylist() == list(range(20))
-    users, none = np.arange(data.num_users), np.zeros(data.num_users, dtype=np.int64)
-    begins, ends = data.valid_ends - 9, data.valid_ends
-    items, times, offsets = data.gather(users, begins, ends)
-    history = RankBatch(
-        *map(torch.from_numpy, (items, times, offsets)),
-        context={},
-        outcomes={"rating": torch.from_numpy(data.features(users, begins, ends)["rating"])},
-    )
-    wanted, at, _ = data.gather(users, ends, ends + 1)
-    liked = data.features(users, ends, ends + 1)["rating"] >= 4
-    found = ranker.model.score_candidates(
-        torch.from_numpy(wanted),
-        torch.from_numpy(none + 1),
-        ranker.model.encode_history(history),
-        torch.from_numpy(at),
-    )
-    assert grouped_auc(found[:, 0].numpy(), liked.astype(float), none)[0] > 0.97
+    assert ranker.terms.tasks == ["rating>=4"]
+    assert ranker.terms.items.ids.to_pylist() == list(range(20))
+    events = pq.read_table(run.parent / "likes.parquet").to_pandas()
+    events = events.sort_values(["user_id", "timestamp"])
+    place = events.groupby("user_id").cumcount()
+    past, wanted = events[place < 32], events[place == 32]
+    # In any order, with a user of whom nothing is known.
+    past = past.sample(frac=1, random_state=1)
+    asked = pandas.concat([wanted, wanted.head(1).assign(user_id=10**6)])[["user_id", "item_id"]]
+    found = ranker.score(past, asked.sample(frac=1, random_state=2))
+    found = found.merge(wanted, on=["user_id", "item_id"])
+    liked = (found["rating"] >= 4).to_numpy(dtype=float)
+    none = np.zeros(data.num_users, dtype=np.int64)
+    assert grouped_auc(found["rating>=4"].to_numpy(), liked, none)[0] > 0.97
+    assert 0 < ranker.score(past, asked)["rating>=4"].iloc[-1] < 1
+    check_scores(ranker, past, asked)
     kept = (run / "features.json").read_text()
     (run / "features.json").write_text(kept.replace('"item_map_hash": "', '"item_map_hash": "0'))
     with pytest.raises(ValueError, match="does not hold the items that were trained on"):
@@ -152,6 +151,64 @@ def check_loaded(run, data):
     (run / "features.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"features\.json missing"):
         load_ranker(run)
+
+
+def check_scores(ranker, past, asked):
+    """Scores are those of tensors, of the newest events alone; and what is wrong is told."""
+    (user,) = past["user_id"].iloc[:1]
+    own = past[past["user_id"] == user].sort_values("timestamp").tail(ranker.terms.longest)
+    history = RankBatch(
+        torch.tensor(own["item_id"].tolist()),
+        torch.tensor(own["timestamp"].tolist()),
+        torch.tensor([0, len(own)]),
+        context={},
+        outcomes={"rating": torch.tensor(own["rating"].tolist())},
+    )
+    newest = int(own["timestamp"].max())
+    expected = ranker.model.score_candidates(
+        torch.arange(20),
+        torch.tensor([20]),
+        ranker.model.encode_history(history),
+        torch.tensor([newest]),
+    )
+    mine = {"user_id": [user] * 20, "item_id": [*range(20)]}
+    found = ranker.score(past, mine)
+    np.testing.assert_allclose(found["rating>=4"], expected[:, 0], rtol=1e-5)
+    assert ranker.score(past, mine, at={user: newest}).equals(found)
+    for events, candidates, at, told in [
+        (
+            past,
+            {"user_id": [1], "item_id": [77]},
+            None,
+            r"1 of 1 are of items .* does not know, such as \[77\]",
+        ),
+        (
+            past,
+            {"user_id": ["a"], "item_id": [7]},
+            None,
+            "user_id: histories have integers, candidates strings",
+        ),
+        (
+            past,
+            {"user_id": [1], "item_id": ["7"]},
+            None,
+            "item_id holds strings, the model's items are integers",
+        ),
+        (
+            past.drop(columns="rating"),
+            mine,
+            None,
+            "histories need the columns .*; rating missing, there are",
+        ),
+        (past.assign(rating="x"), mine, None, "'rating' must be numbers; got"),
+        (past, mine, newest - 1, "not before a user's newest event; got"),
+        (past, mine, {}, "at has no time for 1 users"),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            ranker.score(events, candidates, at=at)
+    with pytest.warns(UserWarning, match="1 events are of items that the model does not know"):
+        ranker.score(pandas.concat([past, past.head(1).assign(item_id=99)]), mine)
+    assert ranker.score(past, {"user_id": [], "item_id": []}).num_rows == 0
 
 
 def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(tmp_path, capsys):
