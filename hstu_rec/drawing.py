@@ -7,6 +7,8 @@ from typing import Any
 INK, BLUE, ORANGE, GREY = "#24292f", "#1f6feb", "#d1570b", "#8b949e"
 # Of methods side by side, the model first.
 METHOD_COLOURS = (BLUE, GREY, "#c9a227", "#57a773")
+# Users of a bin whose mean says little, and how solid its bars are.
+FEW_USERS, PALE = 10, 0.25
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]], selection_metric: str) -> bytes:
@@ -115,29 +117,49 @@ def draw_groups(
 ) -> bytes:
     """A PNG of a panel a grouping: bars of `metric` by bin, a method beside the other, bins with their users.
 
+    Bars of fewer than FEW_USERS users are pale, and the panel says so.
     groups: as in result.json; seen: seen_masked or seen_allowed; titles: of a panel, by grouping.
     """
+    from matplotlib.patches import Patch
+
     figure = new_figure(11, 4.6, wspace=0.05)
     panels = figure.subplots(1, len(titles), squeeze=False)[0]
-    first = next(iter(groups.values()))
     for axes, (grouping, title) in zip(panels, titles.items(), strict=True):
-        masked = "masked" if seen == "seen_masked" else "allowed"
-        dress(axes, f"{metric} by {title}, seen items {masked}", "")
-        bins = {name: one["num_users"] for name, one in first[grouping].items() if one["num_users"]}
-        width = 0.8 / len(groups)
-        for number, (method, of_method) in enumerate(groups.items()):
-            values = [of_method[grouping][name].get(seen, {}).get(metric, 0.0) for name in bins]
-            places = [at - 0.4 + (number + 0.5) * width for at in range(len(bins))]
-            colour = METHOD_COLOURS[number % len(METHOD_COLOURS)]
-            axes.bar(places, values, width * 0.9, color=colour, label=method.replace("_", "-"))
-        labels = [f"{name}\n{count:,}" for name, count in bins.items()]
-        axes.set_xticks(range(len(bins)), labels)
-        axes.set_xlabel(f"{title}; users below", color=INK)
+        of_methods = {method: one[grouping] for method, one in groups.items()}
+        _draw_bins(axes, title, of_methods, metric, seen)
+    treatment = "masked" if seen == "seen_masked" else "allowed"
+    title = f"{metric.capitalize()}, seen items {treatment}"
+    figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=13, fontweight="bold")
     figure.legend(
-        *panels[0].get_legend_handles_labels(),
+        # Not the bars, the first of which may be pale.
+        [Patch(color=_colour_of(number)) for number in range(len(groups))],
+        [method.replace("_", "-") for method in groups],
         loc="outside upper right",
         ncols=len(groups),
         frameon=False,
         labelcolor=INK,
     )
     return png(figure)
+
+
+def _colour_of(number: int) -> str:
+    return METHOD_COLOURS[number % len(METHOD_COLOURS)]
+
+
+def _draw_bins(
+    axes: Any, title: str, of_methods: Mapping[str, Any], metric: str, seen: str
+) -> None:
+    """Bars of a grouping's bins that have users; of_methods: {METHOD: {BIN: figures}}."""
+    first = next(iter(of_methods.values()))
+    counts = {name: one["num_users"] for name, one in first.items() if one["num_users"]}
+    width = 0.8 / len(of_methods)
+    alphas = [PALE if count < FEW_USERS else 1.0 for count in counts.values()]
+    for number, bins in enumerate(of_methods.values()):
+        values = [bins[name].get(seen, {}).get(metric, 0.0) for name in counts]
+        places = [at - 0.4 + (number + 0.5) * width for at in range(len(counts))]
+        bars = axes.bar(places, values, width * 0.9, color=_colour_of(number))
+        for bar, alpha in zip(bars, alphas, strict=True):
+            bar.set_alpha(alpha)
+    unit = "events, users below them"
+    dress(axes, title, unit + (f"; pale: fewer than {FEW_USERS} users" if PALE in alphas else ""))
+    axes.set_xticks(range(len(counts)), [f"{name}\n{count:,}" for name, count in counts.items()])
