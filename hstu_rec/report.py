@@ -19,8 +19,10 @@
     recommended  optional: num_users, k, coverage, num_items, novelty, target_novelty, as
                top_lists.beyond_accuracy defines them
     examples   optional: [{"user", "num_events", "history": [ITEM, ...], "target": ITEM,
-               "recommended": [ITEM, ...]}, ...], where ITEM has item_id and, where there is one, title
-    timing     prepare_s (None when the dataset does not tell), train_s, events_per_s
+               "recommended": [ITEM, ...]}, ...], where ITEM has item_id and, where there is one, title;
+               optional of each: place (the target's in the whole list, from 1, or None), is_repeat
+    timing     prepare_s (None when the dataset does not tell), train_s, events_per_s;
+               optional: epochs, best_epoch, max_epochs, processes, device
     versions   {"torch": "2.13.0", ...}
 
 The curves are drawn from the run's metrics.jsonl: rows "train" with `loss`, and rows "valid" with
@@ -58,6 +60,35 @@ GROUPS = {
     "target_train_count": "the target's events in training",
 }
 TIMING = ("prepare_s", "train_s", "events_per_s")
+# What a page calls the names of stats.json and result.json.
+NAMES = {
+    "format_version": "version of the folder's format",
+    "rows_read": "rows read",
+    "users_read": "users read",
+    "items_read": "items read",
+    "density": "density, events / (users x items)",
+    "tie_share": "share of events at the time of another of their user",
+    "tie_last_two_share": "share of users whose last two events have one time",
+    "duplicates": "events of the user, item and second of another",
+    "first_timestamp": "first event",
+    "last_timestamp": "last event",
+    "valid_targets": "validation targets",
+    "test_targets": "test targets",
+    "item_map_hash": "hash of the item ids",
+    "time_unit": "unit of the times read",
+    "prepare_s": "preparation, s",
+    "num_repeated_targets": "test targets that are repeats",
+    "seen_bias": "learned bias of seen items",
+    "num_frequent_targets": "test targets that are frequent",
+    "min_train_count": "events in training that make a target frequent",
+    "split.kind": "split",
+    "split.valid_time": "validation begins",
+    "split.test_time": "test begins",
+    "split.valid_fraction": "share for validation",
+    "split.test_fraction": "share for test",
+}
+TIMES = ("first_timestamp", "last_timestamp", "split.valid_time", "split.test_time")
+CURVES = "![Training loss by step; validation metric by epoch](curves.png)"
 
 
 def write_report(folder: Path, result: dict[str, Any], config_text: str) -> None:
@@ -74,7 +105,8 @@ def write_report(folder: Path, result: dict[str, Any], config_text: str) -> None
     write_file(folder / "result.json", (text + "\n").encode())
     write_file(folder / "curves.png", curves)
     if groups := result.get("groups"):
-        picture = draw_groups(groups, "recall@10", "seen_masked", GROUPS)
+        titles = {grouping: f"By {title}" for grouping, title in GROUPS.items()}
+        picture = draw_groups(groups, "recall@10", "seen_masked", titles)
         write_file(folder / "groups.png", picture)
     write_file(folder / "report.md", _markdown(folder.name, result, config_text).encode())
 
@@ -196,9 +228,9 @@ def _markdown(title: str, result: Mapping[str, Any], config_text: str) -> str:
     further = {k: v for k, v in protocol.items() if k not in PROTOCOL and k != "data"}
     sections = {
         f"# {title}": protocol_line(protocol) + " Ties with the target are never hits.",
-        "## Test": markdown_table(list(_metric_cells(result))),
+        "## Test": f"{markdown_table(list(_metric_cells(result)))}\n\n{_below(result)}".rstrip(),
         "## Validation": markdown_table(_validation_cells(result["valid"])),
-        "## Curves": "![Training loss by step; validation metric by epoch](curves.png)",
+        "## Training": f"{_training(timing)}\n\n{CURVES}".lstrip(),
         "## By group": _groups(result.get("groups", {})),
         "## Recommended": _recommended(result.get("recommended", {})),
         "## Examples": _examples(result.get("examples", [])),
@@ -218,6 +250,40 @@ def _markdown(title: str, result: Mapping[str, Any], config_text: str) -> str:
     return "\n\n".join(f"{head}\n\n{body}" for head, body in sections.items() if body) + "\n"
 
 
+def _below(result: Mapping[str, Any]) -> str:
+    """The baselines that the model does not reach by the metric that chose it, "" where it does."""
+    part, _, metric = result["protocol"]["selection_metric"].partition("/")
+    own = result["test"].get(part, {}).get(metric)
+    if own is None:  # not a metric of the test
+        return ""
+    found = {
+        name: rows.get(part, {}).get(metric, 0.0) for name, rows in result["baselines"].items()
+    }
+    above = [f"{words(name)} ({value:.4f})" for name, value in found.items() if value > own]
+    if not above:
+        return ""
+    return (
+        f"**The model is below {' and '.join(above)}** by the metric that chose it, {metric} with seen items "
+        f"{SEEN_ITEMS[part]} ({own:.4f})."
+    )
+
+
+def _training(timing: Mapping[str, Any]) -> str:
+    """How training ended, "" for a result that does not tell it."""
+    epochs, best, most = (timing.get(name) for name in ("epochs", "best_epoch", "max_epochs"))
+    if epochs is None or best is None or most is None:
+        return ""
+    ended = (
+        "all epochs are done"
+        if epochs >= most
+        else f"no validation since epoch {best} was better (train.patience)"
+    )
+    return (
+        f"Trained {epochs:,} of at most {most:,} epochs in {duration(timing['train_s'])}: {ended}. The model "
+        f"of epoch {best:,}, the best by validation, is kept."
+    )
+
+
 def _groups(groups: Mapping[str, Any]) -> str:
     """A table a grouping and treatment of seen items, "" without groups."""
     if not groups:
@@ -235,6 +301,8 @@ def _group_cells(groups: Mapping[str, Any], grouping: str, seen: str) -> list[li
     heads = [f"{words(method)} {metric}" for method in groups for metric in metrics]
     rows = [["events", "users", *heads]]
     for name, one in next(iter(groups.values()))[grouping].items():
+        if not one["num_users"]:
+            continue
         found = [groups[method][grouping][name].get(seen, {}) for method in groups]
         cells = [_cell(values[m]) if values else "" for values in found for m in metrics]
         rows.append([name, _cell(one["num_users"]), *cells])
@@ -267,9 +335,20 @@ def _examples(examples: Sequence[Mapping[str, Any]]) -> str:
             rows.append([f"{rank} recommended{hit}", *_item_cells(item)])
         if not any(cells[2] for cells in rows[1:]):
             rows = [cells[:2] for cells in rows]
-        told = f"User {plain(str(one['user']))}, the newest of {one['num_events']:,} events:"
-        parts.append(f"{told}\n\n{markdown_table(rows)}")
+        told = f"User {plain(str(one['user']))}, the newest of {one['num_events']:,} events. "
+        parts.append(f"{told}{_target_told(one)}\n\n{markdown_table(rows)}")
     return "\n\n".join(parts)
+
+
+def _target_told(example: Mapping[str, Any]) -> str:
+    """Where the target is in the list, and whether it is a repeat."""
+    target, listed = example["target"], example["recommended"]
+    is_repeat = example.get("is_repeat", target in example["history"])
+    kind = "The target, a repeat of an item of the history," if is_repeat else "The target"
+    place = example.get("place", listed.index(target) + 1 if target in listed else None)
+    if place is None:
+        return f"{kind} is not in the list{', which has no seen items' if is_repeat else ''}:"
+    return f"{kind} is in place {place} of the list:"
 
 
 def _item_cells(item: Mapping[str, Any]) -> list[str]:
@@ -311,9 +390,10 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def listing(values: Mapping[str, Any], name: str) -> str:
-    """A two-column table, "" when there is nothing to list; nested names are joined by dots."""
+    """A two-column table, "" when there is nothing to list; nested names are joined by dots, and those of
+    NAMES are told in words."""
     rows = [
-        [key, _moment(value) if key.endswith("_timestamp") else _cell(value)]
+        [NAMES.get(key, key), _moment(value) if key in TIMES else _cell(value)]
         for key, value in _flat(values)
     ]
     return markdown_table([[name, "value"], *rows]) if rows else ""

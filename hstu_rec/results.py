@@ -65,6 +65,7 @@ def result_of(
             "events_per_s": num_events / progress.train_s if progress.train_s else 0.0,
             "epochs": progress.epoch,
             "best_epoch": progress.best_epoch,
+            "max_epochs": config.train.max_epochs,
             "processes": distributed.world_size(),
             "device": distributed.device_name(learner.device),
         },

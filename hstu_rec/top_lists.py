@@ -166,16 +166,18 @@ def beyond_accuracy(lists: TopLists, dataset: Sequences) -> dict[str, Any]:
 
 def examples(lists: TopLists, dataset: Sequences, num_examples: int) -> list[dict[str, Any]]:
     """Some users, evenly spaced among those of the lists: {"user", "num_events", "history", "target",
-    "recommended"}, the newest NUM_SHOWN events of the history and the first NUM_SHOWN of the list, items as
-    `Dataset.labels` has them."""
+    "recommended", "place", "is_repeat"}, the newest NUM_SHOWN events of the history and the first NUM_SHOWN
+    of the list, items as `Dataset.labels` has them; the target's place in the whole list, from 1 or None, and
+    whether it is anywhere in the history."""
     num_users = len(lists.users)
     count = min(num_examples, num_users)
     places = np.arange(count) * num_users // max(count, 1)
     found = []
     for place, user in zip(places, lists.users[places], strict=True):
         end = dataset.valid_ends[[user]]
-        begin = np.maximum(end - NUM_SHOWN, 0)
-        events, _, _ = dataset.gather(lists.users[[place]], begin, end + 1)
+        every, _, _ = dataset.gather(lists.users[[place]], np.zeros_like(end), end + 1)
+        events, target = every[-NUM_SHOWN - 1 :], every[-1]
+        hits = np.flatnonzero(lists.items[place] == target)
         listed = lists.items[place, :NUM_SHOWN]
         listed = listed[listed >= 0]
         labels = dataset.labels(np.concatenate([events, listed]))
@@ -186,6 +188,8 @@ def examples(lists: TopLists, dataset: Sequences, num_examples: int) -> list[dic
                 "history": labels[: len(events) - 1],
                 "target": labels[len(events) - 1],
                 "recommended": labels[len(events) :],
+                "place": int(hits[0]) + 1 if len(hits) else None,
+                "is_repeat": bool((every[:-1] == target).any()),
             }
         )
     return found

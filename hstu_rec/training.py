@@ -102,8 +102,13 @@ class Training:
             while True:
                 if self._is_validation_due():
                     self._validate()
-                is_out_of_patience = 0 < settings.patience <= progress.num_without_gain
-                if progress.epoch >= settings.max_epochs or is_out_of_patience:
+                if progress.epoch >= settings.max_epochs:
+                    break
+                if 0 < settings.patience <= progress.num_without_gain:
+                    self.run.tracker.say(
+                        f"stopped: no better validation since epoch {progress.best_epoch} "
+                        f"(train.patience={settings.patience})"
+                    )
                     break
                 loss, speed = self._train_epoch_or_tell()
                 self.run.tracker.log("speed", progress.step, speed)

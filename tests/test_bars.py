@@ -55,6 +55,20 @@ def test_a_run_tells_its_steps_and_how_many_histories_it_cuts_and_an_export_and_
     assert "rows of model/" in capsys.readouterr().err
 
 
+def test_a_run_that_patience_ends_says_since_when_nothing_was_better(tmp_path, capsys):
+    write_data(tmp_path / "data", num_users=60, num_items=30)
+    settings = ["train.max_epochs=9", "train.eval_every_epochs=1", "train.patience=2"]
+    settings += ["optim.lr=1e-30", "table.lr=1e-30"]  # by which nothing changes
+    train_run(tmp_path / "data", tmp_path / "run", *settings)
+    told = "stopped: no better validation since epoch 1 (train.patience=2)"
+    assert told in capsys.readouterr().out
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert "Trained 3 of at most 9 epochs in " in page
+    assert "no validation since epoch 1 was better" in page
+    train_run(tmp_path / "data", tmp_path / "whole", *settings[:2], "train.patience=0")
+    assert "stopped" not in capsys.readouterr().out
+
+
 def test_what_was_done_before_counts_as_done_but_not_for_the_speed(tmp_path, capsys):
     with Tracker(tmp_path, is_main=True) as tracker:
         bar = tracker.bar(10, "training", "step", done=8)

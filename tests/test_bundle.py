@@ -372,6 +372,7 @@ def test_a_bundle_holds_known_kinds_of_files_and_says_what_it_is(run, exported):
     assert config["about"]["metrics"]["test"] == result["test"]
     assert config["about"]["versions"]["trained"] == result["versions"]
     card = (exported / "README.md").read_text()
+    assert "| split " in card and "split.kind" not in card  # statistics in words
     for part in (
         "Test: 1,000 users",
         "recall@10",

@@ -8,10 +8,22 @@ import struct
 import numpy as np
 import pytest
 
-from hstu_rec.report import FIRST_METRICS, metric_table, plain, protocol_line, write_report
+from hstu_rec import drawing
+from hstu_rec.report import (
+    FIRST_METRICS,
+    GROUPS,
+    metric_table,
+    plain,
+    protocol_line,
+    write_report,
+)
 from hstu_rec.tracking import Tracker, read_metrics
 from tests.results import PROTOCOL
 
+DATA = {
+    **{"users": 22363, "length": {"median": 6}},
+    **{"tie_last_two_share": 0.25, "first_timestamp": 1_300_000_000},
+}
 CONFIG = "data:\n  path: data/demo\n"
 
 
@@ -22,7 +34,7 @@ def metrics(first):
 @pytest.fixture
 def result():
     return {
-        "protocol": {**PROTOCOL, "data": {"users": 22363, "length": {"median": 6}}},
+        "protocol": {**PROTOCOL, "data": DATA},
         "test": {"seen_masked": metrics(0.11), "seen_allowed": metrics(0.21)},
         "valid": {"seen_masked": metrics(0.31), "seen_allowed": metrics(0.41)},
         "baselines": {
@@ -60,6 +72,8 @@ def test_the_page_shows_metrics_baselines_statistics_and_configuration(tmp_path,
     assert ["co-occurrence", "allowed", "0.8100", "0.8110", "0.8120", "0.8130", "0.8140"] in rows
     assert ["allowed", "0.4100", "0.4110", "0.4120", "0.4130", "0.4140"] in rows
     assert ["users", "22,363"] in rows and ["length.median", "6"] in rows
+    assert ["share of users whose last two events have one time", "0.2500"] in rows
+    assert ["first event", "2011-03-13 07:06:40 UTC"] in rows and "last_two" not in page
     assert ["training", "8 min 32 s"] in rows and ["torch", "2.13.0"] in rows
     assert "(curves.png)" in page and f"```yaml\n{CONFIG}```" in page
 
@@ -138,8 +152,6 @@ def test_the_curves_differ_with_the_metrics_and_are_a_wide_picture(tmp_path, res
 def test_the_best_epoch_is_marked_in_the_curves(tmp_path):
     from matplotlib.figure import Figure
 
-    from hstu_rec import drawing
-
     axes = Figure().subplots()
     drawing._draw_metric(axes, [(1, 0.01), (2, 0.03), (3, 0.02)])
     assert "best 0.0300" in axes.texts[0].get_text()
@@ -172,11 +184,12 @@ def test_repeated_targets_are_told_where_masking_makes_them_easy() -> None:
     assert " 37.5% of the targets are repeats: targets are never masked" in line
 
 
-def test_groups_are_a_table_each_and_a_picture(tmp_path, result):
-    def group(num_users, first):
-        figures = {"recall@10": first, "ndcg@10": first / 2}
-        return {"num_users": num_users, "seen_masked": figures, "seen_allowed": figures}
+def group(num_users, first):
+    figures = {"recall@10": first, "ndcg@10": first / 2}
+    return {"num_users": num_users, "seen_masked": figures, "seen_allowed": figures}
 
+
+def test_groups_are_a_table_each_and_a_picture(tmp_path, result):
     def of_method(first):
         lengths = {"1-5": group(1234, first), "6-10": {"num_users": 0}}
         return {"history_length": lengths, "target_train_count": {"0": group(5, first)}}
@@ -186,7 +199,7 @@ def test_groups_are_a_table_each_and_a_picture(tmp_path, result):
     page = (tmp_path / "report.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
     assert rows.count(["1-5", "1,234", "0.5000", "0.2500", "0.2500", "0.1250"]) == 2
-    assert rows.count(["6-10", "0", "", "", "", ""]) == 2
+    assert not any(row[:1] == ["6-10"] for row in rows)  # of no users
     assert ["0", "5", "0.5000", "0.2500", "0.2500", "0.1250"] in rows
     assert "(groups.png)" in page and "own-history recall@10" in page
     drawn = (tmp_path / "groups.png").read_bytes()
@@ -194,6 +207,60 @@ def test_groups_are_a_table_each_and_a_picture(tmp_path, result):
     result["groups"]["own_history"] = of_method(0.75)
     write_report(tmp_path, result, CONFIG)
     assert (tmp_path / "groups.png").read_bytes() != drawn
+
+
+def test_the_titles_of_groups_fit_and_bars_of_few_users_are_pale(monkeypatch):
+    monkeypatch.setattr(drawing, "png", lambda figure: figure)
+    methods = ("model", "popularity", "own_history", "co_occurrence")
+    bins = {"1-5": group(9, 0.5), "6-10": group(10, 0.5), "11-20": {"num_users": 0}}
+    groups = {method: dict.fromkeys(GROUPS, bins) for method in methods}
+    figure = drawing.draw_groups(groups, "recall@10", "seen_masked", GROUPS)
+    figure.draw_without_rendering()
+    assert figure.get_suptitle() == "Recall@10, seen items masked"
+    texts = figure.texts[0], figure.legends[0]  # of which the first is the title
+    title, legend = (one.get_window_extent() for one in texts)
+    assert not title.overlaps(legend) and figure.bbox.x0 <= title.x0
+    ends = [*(axes.bbox.x0 for axes in figure.axes[1:]), figure.bbox.x1]
+    for axes, grouping, end in zip(figure.axes, GROUPS.values(), ends, strict=True):
+        assert axes.get_title("left") == grouping
+        head = axes._left_title.get_window_extent()
+        assert head.x1 < end and not head.overlaps(legend) and not head.overlaps(title)
+        assert [bar.get_alpha() for bar in axes.patches] == [drawing.PALE, 1.0] * len(methods)
+        assert "pale: fewer than 10 users" in axes.get_xlabel()
+
+
+@pytest.mark.parametrize(
+    ("epochs", "told"),
+    [
+        (
+            28,
+            "Trained 28 of at most 60 epochs in 8 min 32 s: no validation since epoch 18 was better",
+        ),
+        (
+            60,
+            "Trained 60 of at most 60 epochs in 8 min 32 s: all epochs are done. The model of epoch 18",
+        ),
+    ],
+)
+def test_the_page_says_how_training_ended(tmp_path, result, epochs, told):
+    result["timing"] |= {"epochs": epochs, "best_epoch": 18}
+    write_report(tmp_path, result, CONFIG)
+    assert "Trained" not in (tmp_path / "report.md").read_text()  # by an older version
+    result["timing"]["max_epochs"] = 60
+    write_report(tmp_path, result, CONFIG)
+    assert told in (tmp_path / "report.md").read_text()
+
+
+def test_a_model_below_baselines_is_told_by_the_metric_that_chose_it(tmp_path, result):
+    write_report(tmp_path, result, CONFIG)
+    page = (tmp_path / "report.md").read_text()
+    assert (
+        "**The model is below popularity (0.6130) and co-occurrence (0.8130)** by the metric that chose it, "
+        "ndcg@10 with seen items allowed (0.2130)."
+    ) in page
+    result["test"]["seen_allowed"]["ndcg@10"] = 0.9
+    write_report(tmp_path, result, CONFIG)
+    assert "The model is below" not in (tmp_path / "report.md").read_text()
 
 
 def test_coverage_and_novelty_are_sentences(tmp_path, result):
@@ -218,7 +285,8 @@ def test_examples_show_titles_that_markdown_does_not_read(tmp_path, result):
     result["examples"] = [example(title="*Bold* | [x](y)\n<b>\x07")]
     write_report(tmp_path, result, CONFIG)
     page = (tmp_path / "report.md").read_text()
-    assert "User u\\|1, the newest of 1,234 events:" in page
+    assert "User u\\|1, the newest of 1,234 events. The target, a repeat of an item" in page
+    assert " is in place 2 of the list:" in page
     title = r"\*Bold\* \| \[x\]\(y\) \<b\>"
     assert re.search(rf"\| 2 recommended \(the target\) \| 7 +\| {re.escape(title)} \|", page)
     assert re.search(r"\| history +\| a\\_b +\| +\|", page)
@@ -229,6 +297,20 @@ def test_without_titles_examples_have_own_ids_alone(tmp_path, result):
     write_report(tmp_path, result, CONFIG)
     page = (tmp_path / "report.md").read_text()
     assert "| **target**" in page and "title" not in page.split("## Examples")[1].split("##")[0]
+
+
+@pytest.mark.parametrize(
+    ("place", "is_repeat", "told"),
+    [
+        (7, False, "The target is in place 7 of the list:"),
+        (None, False, "The target is not in the list:"),
+        (None, True, "a repeat of an item of the history, is not in the list, which has no seen"),
+    ],
+)
+def test_examples_tell_the_place_of_the_target(tmp_path, result, place, is_repeat, told):
+    result["examples"] = [example() | {"place": place, "is_repeat": is_repeat}]
+    write_report(tmp_path, result, CONFIG)
+    assert told in (tmp_path / "report.md").read_text()
 
 
 def test_a_long_title_is_cut():

@@ -138,5 +138,11 @@ def test_examples_show_the_newest_events_the_target_and_the_list_in_own_ids(tmp_
     assert first["target"] == {"item_id": "i07"}
     assert [item["item_id"] for item in first["recommended"]] == ["i08", "i07", "i01", "i02", "i03"]
     assert [item["item_id"] for item in second["history"]] == ["i03", "i02"]
+    assert (first["place"], first["is_repeat"]) == (2, False)
+    assert (second["place"], second["is_repeat"]) == (None, False)
     assert second["recommended"] == [{"item_id": "i05"}]
     assert examples(TopLists(np.array([0, 1]), lists), dataset, 1) == [first]
+    longer = write_dataset(tmp_path / "longer", [[1, 2, 3, 4, 5, 6, 7, 8, 1]], None, 9, names)
+    lists[0] = [0, 2, 3, 4, 5, 6, 7, 8, 1, -1]  # beyond what is shown, in both
+    (only,) = examples(TopLists(np.array([0]), lists), longer, 5)
+    assert (only["place"], only["is_repeat"]) == (9, True)
