@@ -15,6 +15,7 @@ from tests.event_files import ROWS, as_csv, as_json, parquet, table, text
 
 PARQUET, CSV, JSON = "events.parquet", "events.csv", "events.jsonl"
 NOBODY = 65534
+LINE_12 = "line 12, counted with the header"
 
 
 class BadFile(NamedTuple):
@@ -174,23 +175,32 @@ BAD_FILES: dict[str, BadFile] = {
         _bytes("events.csv.gz", lambda: gzip.compress(_csv()) + b"rubbish"), "gzip", "csv.gz"
     ),
     "CSV called gzip": BadFile(_bytes("events.csv.gz", _csv), "Not a gzipped file", "csv.gz"),
-    "a line too short": BadFile(_bytes(CSV, lambda: _csv("u1,fig\n")), "Line: 12", CSV),
-    "a line too long": BadFile(_bytes(CSV, lambda: _csv("u1,fig,1,2,3\n")), "Line: 12", CSV),
+    "a line too short": BadFile(_bytes(CSV, lambda: _csv("u1,fig\n")), LINE_12, CSV),
+    "a line too long": BadFile(_bytes(CSV, lambda: _csv("u1,fig,1,2,3\n")), LINE_12, CSV),
     "a quote that does not end": BadFile(
-        _bytes(CSV, lambda: _csv('u1,"fig,1300000000,1\nu2,fig,1300000000,1\n')), "Line: 12", CSV
+        _bytes(CSV, lambda: _csv('u1,"fig,1300000000,1\nu2,fig,1300000000,1\n')),
+        LINE_12,
+        CSV,
     ),
     "text after a quote": BadFile(
-        _bytes(CSV, lambda: _csv('u1,"fig"s,1300000000,1\n')), "Line: 12", CSV
+        _bytes(CSV, lambda: _csv('u1,"fig"s,1300000000,1\n')),
+        LINE_12,
+        CSV,
     ),
     "another separator": BadFile(
         _bytes(CSV, lambda: as_csv(mark=":").encode()), "the file has 'user_id:item_id", CSV
     ),
     "Latin-1": BadFile(
-        _bytes(CSV, lambda: _csv() + b"caf\xe9,fig,1300000000,1\n"), "cannot be read", CSV
+        _bytes(CSV, lambda: _csv() + b"caf\xe9,fig,1300000000,1\n"),
+        "is not UTF-8 text: line 12, counted with the header",
+        CSV,
     ),
-    "UTF-16": BadFile(
-        _bytes(CSV, lambda: as_csv().encode("utf-16-le")), "write the file as UTF-8", CSV
+    "Latin-1 in JSON": BadFile(
+        _bytes(JSON, lambda: as_json().encode() + b'{"user_id": "caf\xe9", "item_id": "fig"}\n'),
+        "save it as UTF-8",
+        JSON,
     ),
+    "UTF-16": BadFile(_bytes(CSV, lambda: as_csv().encode("utf-16-le")), "save it as UTF-8", CSV),
     "a header that names a column twice": BadFile(
         _bytes(CSV, lambda: _csv(head="user_id,item_id,timestamp,item_id")), "'item_id' twice", CSV
     ),

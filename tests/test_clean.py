@@ -22,7 +22,7 @@ from event_files import (
 )
 
 from hstu_rec.data.dataset import Dataset
-from hstu_rec.data.prepare import PrepareConfig, prepare
+from hstu_rec.data.prepare import PrepareConfig, prepare, report
 
 
 def test_a_numeric_tie_column_in_text_is_ordered_by_value(tmp_path: Path) -> None:
@@ -265,3 +265,42 @@ def test_the_row_of_the_first_bad_value_is_told_within_its_file(tmp_path: Path) 
     pq.write_table(pa.table(bad), folder / "b.parquet")
     message = refusal(folder, tmp_path)
     assert "b.parquet: 1 row with null item_id, first in row 7 of this file" in message
+
+
+def test_rows_of_a_file_without_a_header_are_counted_in_the_file(tmp_path: Path) -> None:
+    lines = [f"{user},{item},5.0,{when}\n" for user, item, when, _ in ROWS]
+    lines[3] = "u9,fig,5.0,soon\n"
+    source = text(tmp_path, "".join(lines))
+    assert "first in row 4 of this file: soon" in refusal(source, tmp_path, preset="amazon2014")
+    source = text(tmp_path, "".join(["user_id,item_id,rating,timestamp\n", *lines]))
+    assert "first in row 4 after the header: soon" in refusal(source, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "remarks"),
+    [
+        (ROWS, {}, []),
+        (
+            [(u, i, t / 86_400 + 25_569, r) for u, i, t, r in ROWS],
+            {"time_unit": "s"},
+            ["before 1975"],
+        ),
+        (
+            [("u1", *row[1:]) for row in ROWS],
+            {},
+            ["one user alone, from which nothing can be learnt"],
+        ),
+        (
+            [("u1", "fig", *row[2:]) for row in ROWS],
+            {},
+            ["one user alone", "one item alone, from which nothing can be learnt"],
+        ),
+    ],
+)
+def test_the_report_remarks_what_can_teach_nothing_or_is_no_time(
+    tmp_path: Path, rows: list[Any], options: dict[str, Any], remarks: list[str]
+) -> None:
+    stats, _ = prepared(text(tmp_path, as_csv(rows)), tmp_path, **options)
+    found = [line for line in report(stats).splitlines() if line.startswith("remark ")]
+    assert len(found) == len(remarks)
+    assert all(part in line for part, line in zip(remarks, found, strict=True))

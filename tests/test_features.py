@@ -68,6 +68,8 @@ def test_every_event_keeps_what_it_carries(tmp_path, kind, chunk_rows, monkeypat
         "values": ["phone", "tv", "Äpp"],
     }
     assert data.stats["features"]["stars"]["max"] == 4.0
+    told = "\nfeatures stars -1 to 4, device 3 different texts\n"
+    assert told in report(data.stats | {"prepare_s": 1.0})
     part = data.features(users[2:4], none[2:4] + 1, none[2:4] + 3)
     begin = data.starts[2] + 1
     assert part["stars"].tolist()[:2] == found["stars"].tolist()[begin : begin + 2]

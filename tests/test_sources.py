@@ -164,7 +164,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
 @pytest.mark.fault("R30")
 def test_malformed_lines_are_dropped_with_counts_on_request(tmp_path: Path) -> None:
     source = text(tmp_path, as_csv() + "u1,fig\nu1,fig,1,2,3\n")
-    assert "CSV Error on Line: 12" in refusal(source, tmp_path)
+    assert "line 12, counted with the header: Original Line: u1,fig" in refusal(source, tmp_path)
     stats, found = prepared(source, tmp_path, bad_rows="drop")
     assert found == SEQUENCES
     assert stats["dropped"] == {"malformed line": 2} and stats["rows_read"] == len(ROWS) + 2
@@ -202,5 +202,10 @@ def test_a_first_line_that_is_an_event_is_told(tmp_path: Path) -> None:
         in told
     )
     assert "write a line such as user_id,item_id,timestamp before it" in told
+    told = refusal(text(tmp_path, "ann,book,2024-01-01\nbob,cd,2024-01-02\n"), tmp_path)
+    assert (
+        "the file has 'ann', 'book', '2024-01-01'; is the header missing? Then write a line such as "
+        "user_id,item_id,timestamp before it; if not, set user_column=NAME"
+    ) in told
     told = refusal(text(tmp_path, "user,item,2\n1,2,3\n"), tmp_path, user_column="user")
     assert told.endswith("set item_column=NAME")

@@ -12,6 +12,7 @@ from hstu_rec.data.sources import Staged
 
 BadRows = Literal["raise", "drop"]
 TOO_LATE = "beyond the year 5000"
+TIME_FORMS = "times are unix time in s, ms, us or ns, or ISO dates such as 2024-12-31 or 2024-12-31T08:00:00Z"
 
 
 def bad_row_counts(
@@ -24,8 +25,12 @@ def bad_row_counts(
     ).fetchall()
     if found and bad_rows == "raise":
         told = "; ".join(_told(connection, staged, *one) for one in found)
+        reasons = [reason for reason, *_ in found]
         unit = " (or look at time_unit)" if TOO_LATE in told else ""
-        raise ValueError(f"{told}; mend the rows{unit}, or leave them out with bad_rows=drop")
+        forms = f" ({TIME_FORMS})" if f"unreadable {staged.columns['time']}" in reasons else ""
+        raise ValueError(
+            f"{told}; mend the rows{unit}{forms}, or leave them out with bad_rows=drop"
+        )
     malformed = {"malformed line": staged.num_malformed} if staged.num_malformed else {}
     return malformed | {reason: count for reason, count, *_ in found}
 
@@ -48,6 +53,6 @@ def _told(
     places = [f"{one['seq'] - begin:,}" for one in here]
     examples = f": {', '.join(values)}" if values else f" ({', '.join(places)})"
     return (
-        f"{staged.files[file]}: {rows} with {reason}, first in row {places[0]} of this file"
+        f"{staged.files[file]}: {rows} with {reason}, first in row {places[0]} {staged.place}"
         f"{examples if values or len(places) > 1 else ''}"
     )

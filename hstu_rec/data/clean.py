@@ -13,7 +13,7 @@ from typing import Literal
 
 import duckdb
 
-from hstu_rec.data.bad_rows import TOO_LATE, BadRows, bad_row_counts
+from hstu_rec.data.bad_rows import TIME_FORMS, TOO_LATE, BadRows, bad_row_counts
 from hstu_rec.data.database import row, scalar
 from hstu_rec.data.dataset import LATEST_S
 from hstu_rec.data.sources import Staged
@@ -109,9 +109,10 @@ def clean(
     if not rows_read:
         raise ValueError(f"there are no rows in {_names(staged.files)}; give files with events")
     if rows_read == sum(dropped.values()):
+        forms = f"; {TIME_FORMS}" if f"unreadable {staged.columns['time']}" in dropped else ""
         raise ValueError(
             f"no rows are left of {rows_read:,} in {_names(staged.files)}"
-            f"{_counted(dropped)}; look at the columns given, or lower the limits"
+            f"{_counted(dropped)}{forms}; look at the columns given, or lower the limits"
         )
     unit = _unit(connection, staged, typed["time"].kind, time_unit, is_kept)
     kept = ", ".join(role for role in typed if role != "rating")
@@ -246,7 +247,7 @@ def _whole_floats(
         raise ValueError(
             f"{_first_file(connection, staged, inexact)}: column {name!r} ({role}_column) is float "
             f"and {count:,} values are fractions or too large to be exact, first in row "
-            f"{_first_place(connection, staged, inexact):,} of this file, such as "
+            f"{_first_place(connection, staged, inexact):,} {staged.place}, such as "
             f"{_examples(connection, value, inexact)}; {advice} (bad_rows=drop leaves none of these out)"
         )
     is_null = f"({finite}) IS NULL"
@@ -255,7 +256,7 @@ def _whole_floats(
         raise ValueError(
             f"{_first_file(connection, staged, is_null)}: column {name!r} ({role}_column) is float "
             f"because of {num_null:,} nulls, NaN or infinities, first in row "
-            f"{_first_place(connection, staged, is_null):,} of this file; {advice}, or leave those rows "
+            f"{_first_place(connection, staged, is_null):,} {staged.place}; {advice}, or leave those rows "
             "out with bad_rows=drop"
         )
     return _Column(value=f"CAST({finite} AS BIGINT)", kind="BIGINT")

@@ -43,6 +43,8 @@ from hstu_rec.durable import make_folder, sync
 from hstu_rec.settings import at_least, within, without_effect
 from hstu_rec.tracking import Stages
 
+EARLY_S = int(datetime(1975, 1, 1, tzinfo=UTC).timestamp())
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
@@ -261,21 +263,42 @@ def report(stats: dict[str, Any]) -> str:
             f"{stats['tie_last_two_share']:.1%} of users",
             *([repeated] if stats["duplicates"] else []),
             f"dropped  {dropped}",
-            *_missing(stats),
+            *_features(stats),
             *_titles(stats),
             f"split    {split}: {stats['valid_targets']:,} validation and "
             f"{stats['test_targets']:,} test targets",
+            *_remarks(stats),
             f"took     {stats['prepare_s']:.1f} s ({rate:,.0f} rows/s)",
         )
     )
 
 
-def _missing(stats: dict[str, Any]) -> list[str]:
-    """How many events lack what feature_columns name, a line, or none where all have it."""
+def _features(stats: dict[str, Any]) -> list[str]:
+    """What feature_columns hold, a line, and how many events lack it, a line where any does."""
     facts = stats.get("features", {})
+    held = ", ".join(
+        f"{name} {len(one['values']):,} different texts"
+        if "values" in one
+        else f"{name} {one['min']:g} to {one['max']:g}"
+        for name, one in facts.items()
+    )
     counts = {name: one["num_missing"] for name, one in facts.items() if one["num_missing"]}
     told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    return [f"missing  {told}"] if told else []
+    lines = [f"features {held}"] if held else []
+    return lines + ([f"missing  {told}"] if told else [])
+
+
+def _remarks(stats: dict[str, Any]) -> Iterator[str]:
+    """A line for each sign that the table is not what it should be."""
+    for role in ("user", "item"):
+        if stats[f"{role}s"] == 1:
+            told = f"there is one {role} alone, from which nothing can be learnt"
+            yield f"remark   {told}; look at {role}_column"
+    if stats["time_unit"] == "s" and stats["last_timestamp"] < EARLY_S:
+        yield (
+            "remark   all events are before 1975: are these seconds since 1970? Days, as spreadsheets count "
+            "them (45000.0), are not; write such times as dates (2024-12-31)"
+        )
 
 
 def _titles(stats: dict[str, Any]) -> list[str]:

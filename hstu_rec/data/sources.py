@@ -95,6 +95,8 @@ class Staged:
     """Role to BIGINT, FLOAT, DOUBLE, VARCHAR, TIMESTAMP, TIMESTAMP_NS, TEXT (CSV) or JSON (raw)."""
     num_malformed: int
     """Lines left out because they could not be split into columns."""
+    place: str
+    """What follows a row's number: rows are counted after a header, lines with it."""
 
 
 def find_files(source: str | Path, preset: Preset) -> list[Path]:
@@ -162,6 +164,7 @@ def stage(
     """
     types: dict[str, str] = {}
     num_malformed = 0
+    has_header = SUFFIXES[_suffix(files[0])] == "csv" and not preset.header
     for number, path in enumerate(files):
         try:
             readable = _checked(path, folder)
@@ -185,11 +188,18 @@ def stage(
             is_of_lines = isinstance(error, duckdb.Error) and SUFFIXES[_suffix(path)] != "parquet"
             can_drop = is_of_lines and not has_bad_lines_dropped
             drop = ", or leave malformed lines out with bad_rows=drop" if can_drop else ""
-            raise ValueError(
-                f"{path}: cannot be read: {_brief(error)}; write the file again{drop}"
-            ) from error
+            told = f"cannot be read: {_brief(error, has_header)}; write the file again{drop}"
+            if is_of_lines and re.search("not utf-8 encoded|invalid UTF-8", str(error)):
+                told = f"is not UTF-8 text: {_brief(error, has_header)}; save it as UTF-8"
+            raise ValueError(f"{path}: {told}") from error
         types = types or found
-    return Staged(files=files, columns=columns, types=types, num_malformed=num_malformed)
+    return Staged(
+        files=files,
+        columns=columns,
+        types=types,
+        num_malformed=num_malformed,
+        place="after the header" if has_header else "of this file",
+    )
 
 
 def _name(column: str) -> str:
@@ -293,7 +303,7 @@ def _header(path: Path, columns: dict[str, str], preset: Preset) -> tuple[str, l
             raise ValueError("it holds zero bytes, as UTF-16 does")
     except ValueError as error:
         raise ValueError(
-            f"{path}: the first line is not UTF-8 text ({error}); write the file as UTF-8"
+            f"{path}: the first line is not UTF-8 text ({error}); save it as UTF-8"
         ) from error
     if not first.strip():
         raise ValueError(f"{path}: the first line is empty; it must name the columns")
@@ -356,14 +366,15 @@ def _require(path: Path, columns: dict[str, str], present: list[str]) -> None:
         near = get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
         hint = f"; nearest: {lowered[near[0]]!r}" if near else ""
         has_value = any(re.fullmatch(r"-?[0-9]+(\.[0-9]*)?", one) for one in present)
-        is_event = SUFFIXES[_suffix(path)] == "csv" and has_value
         is_feature = role.startswith("feature_")
         advice = "look at feature_columns" if is_feature else f"set {role}_column=NAME"
-        if is_event and not set(columns.values()) & set(present):
-            names = ",".join(columns.values())
+        if SUFFIXES[_suffix(path)] == "csv" and not set(columns.values()) & set(present):
+            line = f"write a line such as {','.join(columns.values())} before it"
             advice = (
-                "the first line seems to be an event, where the names of the columns are wanted: write a "
-                f"line such as {names} before it"
+                "the first line seems to be an event, where the names of the columns are wanted: "
+                + line
+                if has_value
+                else f"is the header missing? Then {line}; if not, {advice}"
             )
         raise ValueError(
             f"{path}: column {name!r} is missing{hint}; the file has "
@@ -422,7 +433,9 @@ def _rejected_lines(connection: duckdb.DuckDBPyConnection) -> int:
     return int(row[0])
 
 
-def _brief(error: BaseException) -> str:
+def _brief(error: BaseException, has_header: bool) -> str:
     """The first lines of an error, without DuckDB's list of parser switches."""
     text = str(error).split("\n\n")[0].split("Possible")[0]
+    counted = ", counted with the header" if has_header else ""
+    text = re.sub(r"^Invalid Input Error: CSV Error on Line: (\d+)", rf"line \1{counted}:", text)
     return " ".join(text.split())[:300]

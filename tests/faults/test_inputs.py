@@ -141,8 +141,9 @@ def test_a_refusal_tells_the_count_the_place_and_five_of_the_values(tmp_path: Pa
     words = [(f"u{n}", "fig", f"when{n}", n) for n in range(7)]
     source = text(tmp_path, as_csv([*ROWS, *words]))
     assert (
-        f"{source}: 7 rows with unreadable timestamp, first in row 11 of this file: "
-        "when0, when1, when2, when3, when4; mend the rows, or leave them out with bad_rows=drop"
+        f"{source}: 7 rows with unreadable timestamp, first in row 11 after the header: "
+        "when0, when1, when2, when3, when4; mend the rows (times are unix time in s, ms, us or ns, or ISO "
+        "dates such as 2024-12-31 or 2024-12-31T08:00:00Z), or leave them out with bad_rows=drop"
     ) in refusal(source, tmp_path)
     nulls = [(None, "fig", START, n) for n in range(7)]
     source = parquet(tmp_path, table([*ROWS, *nulls]))
@@ -168,7 +169,7 @@ def test_a_refusal_tells_the_count_the_place_and_five_of_the_values(tmp_path: Pa
 def test_a_word_for_no_number_among_numbers_is_no_id(tmp_path: Path) -> None:
     rows = [(1, item, START, 0) for item in ("3", "nan", "2", "<NA>", "1")]
     source = text(tmp_path, as_csv(rows))
-    assert "2 rows with unreadable item_id, first in row 2 of this file: nan, <NA>" in refusal(
+    assert "2 rows with unreadable item_id, first in row 2 after the header: nan, <NA>" in refusal(
         source, tmp_path
     )
     stats, found = prepared(source, tmp_path, bad_rows="drop")
@@ -208,6 +209,11 @@ def test_dates_of_other_forms_are_shown_not_guessed(tmp_path: Path, written: str
     source = parquet(tmp_path, table(rows))
     told = refusal(source, tmp_path)
     assert f"1 row with unreadable timestamp, first in row 11 of this file: {written}" in told
+    assert "ISO dates such as 2024-12-31 or 2024-12-31T08:00:00Z" in told
+    alone = parquet(tmp_path, table([("u1", item, written, 0) for item in "abc"]))
+    assert "times are unix time in s, ms, us or ns, or ISO dates" in refusal(
+        alone, tmp_path, bad_rows="drop"
+    )
 
 
 @pytest.mark.fault("R19")
