@@ -25,10 +25,12 @@ def main(arguments: list[str]) -> None:
     model, histories, output = map(Path, paths)
     done = recommend_all(model, histories, output, load(RecommendConfig, options))["done"]
     if distributed.launched_rank() == 0:
-        speed = done["users_made"] / max(done["seconds"], 1e-3)
+        verb = "wrote   " if done["users_made"] else "found   "
+        speed = f"{done['users_made'] / max(done['seconds'], 1e-3):,.0f} users/s"
+        told = speed if done["users_made"] else "everything was there already"
         print(
-            f"wrote    {output}: {done['rows']:,} rows of {done['users']:,} users; {done['users_without']:,} "
-            f"users without a known item\ntook     {done['seconds']:.1f} s ({speed:,.0f} users/s)",
+            f"{verb} {output}: {done['rows']:,} rows of {done['users']:,} users; {done['users_without']:,} "
+            f"users without a known item\ntook     {done['seconds']:.1f} s ({told})",
             flush=True,
         )
 

@@ -27,19 +27,23 @@ class Asked:
     """int64 [Q] events of each that count."""
 
     @classmethod
-    def of(cls, data: Path, items: IdIndex, until: Until) -> "Asked":
+    def of(cls, data: Path, items: IdIndex, until: Until, source: Path | None = None) -> "Asked":
         """All users of the dataset folder `data`, or those who have the target that `until` names; `items`:
-        the model's. Raises ValueError for items of another type, or none of the model's."""
+        the model's; `source`: what the folder was made of, if that is what a user knows. Raises ValueError
+        for items of another type, or none of the model's."""
         dataset = Dataset(data)
         own = typed_ids(dataset.item_ids)
         if len(own) and own.type != items.ids.type:
             raise ValueError(
-                f"{data}: item ids are {own.type}, the model's {items.ids.type}, such as "
+                f"{source or data}: item ids are {own.type}, the model's {items.ids.type}, such as "
                 f"{items.ids[0].as_py()!r}; give histories with the ids that it was trained on"
             )
         rows = items.rows(own)
         if not (rows >= 0).any():
-            raise ValueError(f"{data}: none of its {len(own):,} items is one of the model's")
+            raise ValueError(
+                f"{source or data}: none of its {len(own):,} items, such as {_first(own)}, is one of the "
+                f"model's, such as {_first(items.ids)}; give histories with the ids that it was trained on"
+            )
         if until == "end":
             return cls(dataset, rows, np.arange(dataset.num_users), np.asarray(dataset.lengths))
         return cls(dataset, rows, *eval_users(dataset, until))
@@ -64,3 +68,8 @@ class Asked:
         own = typed_ids(self.dataset.user_ids.take(pa.array(users[kept])))
         found = Histories(own, rows[is_known], times[is_known], offsets_of(counts[kept]))
         return found, np.full(len(kept), at) if at else next_times[kept]
+
+
+def _first(ids: pa.Array) -> str:
+    """The first three, to be compared by eye."""
+    return ", ".join(repr(one) for one in ids[:3].to_pylist())

@@ -9,7 +9,10 @@ settings.
 """
 
 import json
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from hstu_rec.asked import Asked, Until
 from hstu_rec.bundle import CONFIG
 from hstu_rec.checkpoint.folder import MANIFEST
 from hstu_rec.data.prepare import PrepareConfig, prepare
+from hstu_rec.data.sources import SUFFIXES
 from hstu_rec.durable import digest_of, write_file
 from hstu_rec.export import serve_run
 from hstu_rec.serving import ServingModel, load_bundle
@@ -29,7 +33,9 @@ from hstu_rec.settings import at_least
 from hstu_rec.tracking import BAR_AFTER_S
 
 DESCRIPTION = "_recommendations.json"  # by which readers of a folder of parquet pass it over
-HISTORIES = ".histories"
+HISTORIES = ".histories"  # while it works on event files
+# What a folder of another job's recommendations is of.
+OTHERS = {"model": "another model", "histories": "other histories", "settings": "other settings"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +81,21 @@ def recommend_all(
     another model, other histories or settings.
     """
     began = time.monotonic()
-    with distributed.process_group("cpu"):
+    if output.suffix.lower() in SUFFIXES:
+        raise ValueError(
+            f"OUT is a folder of parquet files; got {output}, the name of a file; give for example "
+            f"{output.with_suffix('')}"
+        )
+    is_dataset = (source / "stats.json").is_file()
+    cleared = nullcontext() if is_dataset else _histories_removed(output)
+    with distributed.process_group("cpu"), cleared:
         served: list[ServingModel] = []
         hosts.together(lambda: served.append(_model_of(model)))
-        is_dataset = (source / "stats.json").is_file()
         if not is_dataset:
             hosts.on_main(lambda: _prepared(source, output / HISTORIES, config))
         asked: list[Asked] = []
         data = source if is_dataset else output / HISTORIES
-        hosts.together(lambda: asked.append(_asked(served[0], data, config)))
+        hosts.together(lambda: asked.append(_asked(served[0], data, config, source)))
         about = {
             "model": _identity(model),
             "histories": asked[0].dataset.identity,
@@ -124,8 +136,23 @@ def _prepared(source: Path, folder: Path, config: RecommendConfig) -> None:
     prepare(PrepareConfig(**names, split="none", min_user_events=1, overwrite=True), source, folder)
 
 
-def _asked(model: ServingModel, data: Path, config: RecommendConfig) -> Asked:
-    asked = Asked.of(data, model.items, config.until)
+@contextmanager
+def _histories_removed(output: Path) -> Iterator[None]:
+    """Removes at the end what was made of event files, and an output that holds nothing else."""
+    was_there = output.exists()
+    try:
+        yield
+    finally:
+        if distributed.is_main():
+            # A folder of that name without statistics is someone's own, which was refused.
+            if (output / HISTORIES / "stats.json").is_file():
+                shutil.rmtree(output / HISTORIES)
+            if not was_there and output.is_dir() and not any(output.iterdir()):
+                output.rmdir()
+
+
+def _asked(model: ServingModel, data: Path, config: RecommendConfig, source: Path) -> Asked:
+    asked = Asked.of(data, model.items, config.until, source)
     if model.uses_query_time and config.until == "end" and not config.at:
         raise ValueError(
             "this model uses the query time (encoder.query_time 'next'): give at, the unix seconds for "
@@ -145,8 +172,8 @@ def _begin(output: Path, about: dict[str, Any]) -> None:
         former = json.loads(path.read_text(encoding="utf-8"))
         if changed := [name for name in about if former.get(name) != about[name]]:
             raise ValueError(
-                f"{output} holds recommendations of another {', another '.join(changed)}; remove it, or give "
-                "another folder"
+                f"{output} holds recommendations of {' and '.join(OTHERS[name] for name in changed)}; remove "
+                "it, or give another folder"
             )
         return
     if output.exists() and any(one.name != HISTORIES for one in output.iterdir()):

@@ -93,7 +93,7 @@ def test_what_is_there_is_left_and_what_is_missing_is_made(fitted, tmp_path):
     ]
     assert changed == ["part-00003.parquet"] or sorted(changed)[:1] == ["part-00003.parquet"]
     assert json.loads((output / "_recommendations.json").read_text())["done"]["users_made"] == 16
-    with pytest.raises(ValueError, match="holds recommendations of another settings; remove it"):
+    with pytest.raises(ValueError, match="holds recommendations of other settings; remove it"):
         recommended(run, data, output, "part_users=16", "k=3")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
@@ -124,6 +124,8 @@ def test_event_files_and_a_bundle_do_as_well(fitted, tmp_path):
         assert rows_of(found) == rows_of(model.recommend(known, k=2))
     done = json.loads((tmp_path / "out" / "_recommendations.json").read_text())["done"]
     assert (done["users"], done["users_without"], done["rows"]) == (2, 1, 4)
+    names = [one.name for one in sorted((tmp_path / "out").iterdir())]
+    assert names == ["_recommendations.json", "part-00000.parquet"]
 
 
 @pytest.mark.parametrize(
@@ -146,12 +148,35 @@ def test_histories_of_other_items_are_refused(fitted, tmp_path):
     _, run, _ = fitted
     events = {"user_id": ["a"], "timestamp": [1_700_000_000]}
     for item, told in (
-        (7, "item ids are int64, the model's"),
-        ("other", "none of its 1 items is one"),
+        (7, "events.parquet: item ids are int64, the model's"),
+        (
+            "other",
+            "events.parquet: none of its 1 items, such as 'other', is one of the model's, such as 'item 0', "
+            "'item 1', 'item 10'; give histories",
+        ),
     ):
         pq.write_table(pa.table({**events, "item_id": [item]}), tmp_path / "events.parquet")
         with pytest.raises(ValueError, match=told):
             recommended(run, tmp_path / "events.parquet", tmp_path / "out")
+        assert [one.name for one in tmp_path.iterdir()] == ["events.parquet"]
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="none of its"):
+        recommended(run, tmp_path / "events.parquet", tmp_path / "mine")
+    assert [*(tmp_path / "mine").iterdir()] == []
+    own = tmp_path / "mine" / ".histories"
+    own.mkdir()
+    (own / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="is no dataset, so overwrite=true does not remove it"):
+        recommended(run, tmp_path / "events.parquet", tmp_path / "mine")
+    assert (own / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.Parquet"])
+def test_a_name_of_a_file_is_no_folder_to_write_to(fitted, tmp_path, name):
+    _, run, data = fitted
+    with pytest.raises(ValueError, match=f"OUT is a folder of .*{name}.* give for example .*/out"):
+        recommended(run, data, tmp_path / name)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_the_app_tells_what_it_wrote(fitted, tmp_path):
@@ -166,6 +191,10 @@ def test_the_app_tells_what_it_wrote(fitted, tmp_path):
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "450 rows of 150 users; 0 users without a known item" in done.stdout
+    told = "450 rows of 150 users; 0 users without a known item"
+    assert f"wrote    {tmp_path}/out: {told}" in done.stdout and "users/s)" in done.stdout
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert f"found    {tmp_path}/out: {told}" in done.stdout
+    assert "(everything was there already)" in done.stdout and "users/s" not in done.stdout
     done = subprocess.run(command[:4], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "give MODEL, HISTORIES and OUT" in done.stderr
