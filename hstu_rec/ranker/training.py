@@ -100,8 +100,8 @@ class RankRun(Run):
         timing = result["timing"]
         report = (
             f"# {self.folder.name}\n\n```text\n{table_of(result)}\n```\n\nauc: ties half. ne: cross entropy "
-            "over that of the mean label; below 1 is better. gauc: mean of users' own AUCs, by their events; none "
-            "where no user has both labels."
+            "over that of the mean label; below 1 is better. gauc: mean of users' own AUCs, by their events; "
+            "none where no user has both labels."
             f"\n\nBest epoch {timing['best_epoch']} of {timing['num_epochs']}, {timing['train_s']} s of "
             f"training.\n\n![Training loss by step; validation {SELECTED} by epoch](curves.png)\n\n"
             f"```yaml\n{to_yaml(self.config)}```\n"
