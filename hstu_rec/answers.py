@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, Self, TypeVar
+from typing import Annotated, Any, Generic, Self, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from hstu_rec.data.dataset import LATEST_S
 from hstu_rec.data.histories import rows_of, seconds_of
@@ -23,7 +23,6 @@ from hstu_rec.settings import at_least, within
 
 MAX_K, MAX_EVENTS, MAX_CANDIDATES = 1000, 10_000, 100_000
 
-OwnIds = list[int] | list[str]
 Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")
 
@@ -49,20 +48,46 @@ class ServeConfig:
         return at_least(self, 1, "max_together", "max_waiting") + within(self, "[1, 65535]", "port")
 
 
+def one_kind(what: str, most: int) -> BeforeValidator:
+    """Refuses a list in one sentence, where a union of kinds of lists would take one for each kind."""
+
+    def check(values: Any) -> Any:
+        kinds = sorted({type(one).__name__ for one in values}) if isinstance(values, list) else []
+        if kinds in (["int"], ["str"]) and len(values) <= most:
+            return values
+        given = type(values).__name__
+        if isinstance(values, list):
+            given = f"a list of {len(values):,} {' and '.join(kinds)}" if kinds else "an empty one"
+        raise ValueError(f"give a list of 1 to {most:,} {what}; got {given}")
+
+    return BeforeValidator(check)
+
+
+_events, _candidates = (
+    Field(min_length=1, max_length=most) for most in (MAX_EVENTS, MAX_CANDIDATES)
+)
+PerEvent = Annotated[list[int], _events] | Annotated[list[str], _events]
+Chosen = Annotated[list[int], _candidates] | Annotated[list[str], _candidates]
+OWN_IDS = "own ids, all integers or all strings"
+TIMES = "unix times (integers in s, ms, us or ns) or ISO texts"
+
+
 class Request(BaseModel):
     """Whom to recommend to, and what. Raises ValueError (pydantic's) for values that are none of it."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
 
-    item_ids: OwnIds = Field(min_length=1, max_length=MAX_EVENTS)
+    item_ids: Annotated[PerEvent, one_kind(OWN_IDS, MAX_EVENTS)]
     """Own ids of the events, in any order; those that the model does not know are left out."""
-    timestamps: list[int] | list[str]
+    timestamps: Annotated[PerEvent, one_kind(TIMES, MAX_EVENTS)]
     """Of each event: unix time in s, ms, us or ns, or ISO text (UTC)."""
     k: int = Field(10, ge=1, le=MAX_K)
     """Items that are wanted."""
     filter_seen: bool = True
     """Leaves out items of the events."""
-    candidates: OwnIds | None = Field(None, min_length=1, max_length=MAX_CANDIDATES)
+    candidates: Annotated[Chosen, one_kind(OWN_IDS, MAX_CANDIDATES)] | None = None
     """Own ids of the items that may be recommended; all when null."""
     at: int | None = None
     """Unix seconds for which is recommended, for models that use it, not before the newest event; when null
@@ -76,6 +101,53 @@ class Request(BaseModel):
                 f"{len(self.timestamps)} timestamps"
             )
         return self
+
+
+class Item(BaseModel):
+    """An item that is recommended."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    item_id: int | str
+    """Its own id."""
+    rank: int
+    """1 for the best."""
+    score: float
+    """Higher is better; comparable within one answer."""
+
+
+class Answer(BaseModel):
+    """What is recommended."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    items: list[Item]
+    """Best first; fewer than k where fewer are left, none where no event is of a known item."""
+    num_unknown: int
+    """Events of items that the model does not know."""
+    num_unknown_candidates: int = 0
+    """Candidates that the model does not know; only in answers to requests with candidates."""
+
+
+class Refusal(BaseModel):
+    """Why a request is not answered."""
+
+    detail: str
+
+
+class Health(BaseModel):
+    """What is served."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    name: str | None
+    """Name of the model."""
+    items: int
+    """Items that it knows."""
+    version: str
+    """Of hstu_rec."""
+    uses_query_time: bool
+    """Whether recommendations depend on the time for which they are made."""
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,27 @@ def test_it_says_what_it_serves(url):
     assert got(f"{url}/health") == (200, about)
 
 
+def test_its_pages_tell_every_field(url):
+    with urllib.request.urlopen(url, timeout=60) as page:  # which leads to the pages
+        assert page.url == f"{url}/docs" and b"swagger" in page.read()
+    status, told = got(f"{url}/openapi.json")
+    assert status == 200 and told["info"] == {"title": "hstu_rec", "version": __version__}
+    assert [*told["paths"]] == ["/recommend", "/health"]
+    assert told["paths"]["/health"]["get"]["summary"] == "Health"
+    schemas = told["components"]["schemas"]
+    for path, method, code, name in (
+        ("/recommend", "post", "200", "Answer"),
+        ("/recommend", "post", "422", "Refusal"),
+        ("/health", "get", "200", "Health"),
+    ):
+        content = told["paths"][path][method]["responses"][code]["content"]["application/json"]
+        assert content["schema"] == {"$ref": f"#/components/schemas/{name}"}
+    for name in ("Request", "Answer", "Item", "Health"):
+        assert all(one["description"] for one in schemas[name]["properties"].values())
+    for kind in schemas["Request"]["properties"]["item_ids"]["anyOf"]:
+        assert (kind["minItems"], kind["maxItems"]) == (1, 10_000)
+
+
 def test_many_clients_at_once_get_what_each_gets_alone(url, bundles):
     model, asked = load_bundle(bundles / "plain"), requests_of(120)
     with ThreadPoolExecutor(16) as clients:
@@ -138,6 +159,8 @@ def test_many_clients_at_once_get_what_each_gets_alone(url, bundles):
         assert [row["score"] for row in answer["items"]] == pytest.approx(scores, abs=1e-6)
 
 
+IDS = "give a list of 1 to 10,000 own ids, all integers or all strings"
+TIMES = "give a list of 1 to 10,000 unix times (integers in s, ms, us or ns) or ISO texts"
 GOOD = {"item_ids": ["item 0001", "item 0002"], "timestamps": [5, 6]}
 
 
@@ -169,14 +192,21 @@ def test_candidates_unknown_items_and_users_without_known_ones_are_answered(url)
         (GOOD | {"timestamps": [5]}, "a timestamp for every item id; got 2 item_ids and 1"),
         (GOOD | {"timestamps": [5, -6]}, "1 timestamps are outside 0"),
         (GOOD | {"timestamps": [5, 2**65]}, ""),
-        (GOOD | {"timestamps": [5, "2020-01-01"]}, "timestamps"),
+        (GOOD | {"timestamps": [5, "2020-01-01"]}, "ISO texts; got a list of 2 int and str"),
+        (GOOD | {"timestamps": [5, 6.5]}, f"timestamps: {TIMES}; got a list of 2 float and int"),
+        (GOOD | {"timestamps": "now"}, f"timestamps: {TIMES}; got str"),
         (GOOD | {"timestamps": ["yesterday", "today"]}, "ISO text; got string, such as 'yesterday"),
         (GOOD | {"item_ids": [1, 2]}, "item_ids holds integers, the model's items are strings"),
-        (GOOD | {"item_ids": ["item 0001", None]}, "item_ids"),
-        (GOOD | {"item_ids": ["item 0001", 2]}, "item_ids"),
-        ({"item_ids": [], "timestamps": []}, "item_ids"),
+        (
+            GOOD | {"item_ids": ["item 0001", None]},
+            f"item_ids: {IDS}; got a list of 2 NoneType and",
+        ),
+        (GOOD | {"item_ids": ["item 0001", 2]}, f"item_ids: {IDS}; got a list of 2 int and str"),
+        ({"item_ids": [], "timestamps": []}, f"item_ids: {IDS}; got an empty one; timestamps: "),
+        (GOOD | {"item_ids": ["x"] * 10_001}, f"item_ids: {IDS}; got a list of 10,001 str"),
         (GOOD | {"candidates": ["new"]}, "none of 1 candidates is known"),
-        (GOOD | {"candidates": []}, "candidates"),
+        (GOOD | {"candidates": []}, "candidates: give a list of 1 to 100,000 own ids"),
+        (GOOD | {"candidates": [True]}, "got a list of 1 bool"),
         (GOOD | {"at": 7}, "at has no effect on this model"),
         (b'{"item_ids": ["\\ud800"], "timestamps": [1]}', ""),
         (b'{"item_ids": ["item 0001"], "timestamps": [NaN]}', ""),
@@ -186,6 +216,7 @@ def test_a_bad_request_is_told_in_a_sentence(url, body, told):
     status, answer = got(f"{url}/recommend", body)
     assert 400 <= status < 500 and isinstance(answer["detail"], str), answer
     assert answer["detail"] and told in answer["detail"]
+    assert "list[" not in answer["detail"]  # as pydantic tells of a union
 
 
 def test_the_time_of_answers_is_measured_for_each_number_of_clients(url, bundles):
