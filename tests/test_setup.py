@@ -265,6 +265,17 @@ def test_the_commit_of_the_source_tree_is_told_with_its_changes(
     assert versions_module.commit() == f"{short}+changes"
 
 
+def test_what_the_guides_write_into_a_clone_is_no_change_of_it(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    git(tmp_path, "add", ".gitignore")
+    written = (".venv", "serve", "data/mine", "runs/mine", "shared/mine", "site")
+    for name in written:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "file").touch()
+    assert git(tmp_path, "status", "--porcelain") == "A  .gitignore"
+
+
 def test_without_git_no_commit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert versions_module.commit() is None
