@@ -7,6 +7,7 @@ It needs no GPU. hstu_rec.load_bundle(OUT) recommends with it on a CPU, in own i
 
 from pathlib import Path
 
+from hstu_rec.approximate import index_sentence, int8_sentence
 from hstu_rec.config import help_text, load, run_app
 from hstu_rec.export import ExportConfig, export
 
@@ -22,13 +23,9 @@ def main(arguments: list[str]) -> None:
     config = export(Path(run), Path(output), load(ExportConfig, options))
     size = sum(file["size"] for file in config.files.values())
     print(f"wrote    {output}: {config.num_items:,} items, {size / 2**20:.1f} MiB", flush=True)
-    for name in ("int8", "index"):
+    for name, in_words in (("int8", int8_sentence), ("index", index_sentence)):
         if measured := config.about.get(name):
-            told = ", ".join(
-                f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
-                for key, value in measured.items()
-            )
-            print(f"{name:8} {told}", flush=True)
+            print(f"{name:8} {in_words(measured)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What approximate forms of a model lose, measured on users: vectors in int8, an index of the items."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +35,26 @@ def int8_loss(exact: ServingModel, users: Asked) -> dict[str, Any]:
         "bytes, float32": 4 * num_items * dim,
         "bytes, int8": num_items * (dim + 4),
     }
+
+
+def int8_sentence(measured: Mapping[str, Any]) -> str:
+    """What `int8_loss` gives, in words."""
+    before, after = (measured[f"{METRIC}, {kind}"] for kind in ("float32", "int8"))
+    large, small = (measured[f"bytes, {kind}"] / 2**10 for kind in ("float32", "int8"))
+    return (
+        f"Recall@{K} of {measured['users']:,} test users is {after:.4f}, in float32 {before:.4f}; the item "
+        f"vectors take {small:,.0f} KiB, in float32 {large:,.0f} KiB"
+    )
+
+
+def index_sentence(measured: Mapping[str, Any]) -> str:
+    """What `measured_index` gives beside the index, in words."""
+    cells = f"{measured['cells searched']:,} of {measured['cells']:,} cells are searched"
+    return (
+        f"{measured['kind']} finds {measured[METRIC]:.2%} of the {K} best items of "
+        f"{measured['users']:,} test users; "
+        f"{'all items are compared' if measured['kind'] == 'exact' else cells}"
+    )
 
 
 def in_int8(exact: ServingModel) -> ServingModel:

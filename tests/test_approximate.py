@@ -1,6 +1,7 @@
 """Vectors in int8 and an index of the items lose what the bundle tells, and nothing else changes."""
 
 import json
+import runpy
 import shutil
 
 import numpy as np
@@ -141,6 +142,25 @@ def test_vectors_in_int8_lose_what_the_bundle_tells(small, exact, run):
     assert load_bundle(small).model.table.rows[:].equal(rows)
     card = (small / "README.md").read_text()
     assert "recall@10, int8" in card and "cells searched" in card
+
+
+def test_the_app_tells_in_sentences_what_is_lost(run, tmp_path, capsys):
+    main = runpy.run_path("apps/export.py")["main"]
+    main([str(run), str(tmp_path / "small"), "vectors=int8", "index=ivf", "index_recall=0.8"])
+    loss, index = about(tmp_path / "small")["int8"], about(tmp_path / "small")["index"]
+    main([str(run), str(tmp_path / "exact"), "index=exact"])
+    _, int8, ivf, _, exact = capsys.readouterr().out.splitlines()
+    assert int8 == (
+        f"int8     Recall@10 of {NUM_USERS} test users is {loss['recall@10, int8']:.4f}, in float32 "
+        f"{loss['recall@10, float32']:.4f}; the item vectors take 2 KiB, in float32 5 KiB"
+    )
+    assert ivf == (
+        f"index    ivf finds {index['recall@10']:.2%} of the 10 best items of {NUM_USERS} test users; "
+        f"{index['cells searched']} of 49 cells are searched"
+    )
+    assert exact == (
+        f"index    exact finds 100.00% of the 10 best items of {NUM_USERS} test users; all items are compared"
+    )
 
 
 def test_an_index_is_opened_when_asked_for_and_held_against_its_digest_and_the_model(
