@@ -3,6 +3,7 @@
 import json
 import runpy
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from hstu_rec.quantised import Int8Rows
 from hstu_rec.scores import Catalogue, ItemShard, Seen, best_items
 from tests.shared_models import changed, events_of, lists, train_run, write_data
 
+ROOT = Path(__file__).parent.parent
 NUM_USERS = 300
 
 
@@ -145,7 +147,7 @@ def test_vectors_in_int8_lose_what_the_bundle_tells(small, exact, run):
 
 
 def test_the_app_tells_in_sentences_what_is_lost(run, tmp_path, capsys):
-    main = runpy.run_path("apps/export.py")["main"]
+    main = runpy.run_path(str(ROOT / "apps" / "export.py"))["main"]
     main([str(run), str(tmp_path / "small"), "vectors=int8", "index=ivf", "index_recall=0.8"])
     loss, index = about(tmp_path / "small")["int8"], about(tmp_path / "small")["index"]
     main([str(run), str(tmp_path / "exact"), "index=exact"])
