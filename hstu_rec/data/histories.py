@@ -49,7 +49,7 @@ def read_histories(events: Events, index: IdIndex, on_unknown: OnUnknown = "warn
     with nulls, and times that are no seconds.
     """
     columns = _columns(events)
-    users, own_items = (_ids(columns[name], name) for name in ("user_id", "item_id"))
+    users, own_items = (ids_of(columns[name], name) for name in ("user_id", "item_id"))
     times = seconds_of(columns["timestamp"])
     items = _rows(own_items, index, ("item_id", "events", "items"), on_unknown)
     is_known = items >= 0
@@ -76,7 +76,7 @@ def rows_of(
     if isinstance(ids, str | bytes) or not hasattr(ids, "__len__"):
         raise ValueError(f"{what} must be a list or an array of own ids; got {ids!r}")
     column = _array(ids, f"{what} must be own ids, all integers or all strings")
-    rows = _rows(_ids(column, what), index, (what, what, kind), on_unknown)
+    rows = _rows(ids_of(column, what), index, (what, what, kind), on_unknown)
     return rows[rows >= 0]
 
 
@@ -144,7 +144,8 @@ def _columns(events: Events) -> pa.Table:
     return table
 
 
-def _ids(column: pa.Array | pa.ChunkedArray, name: str) -> pa.Array:
+def ids_of(column: pa.Array | pa.ChunkedArray, name: str) -> pa.Array:
+    """Typed ids of a column, int64 of an empty one. Raises ValueError, with its name, for what is none."""
     if not len(column):
         return pa.array([], pa.int64())
     try:

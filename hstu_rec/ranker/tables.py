@@ -15,8 +15,8 @@ import pyarrow.compute as _compute
 import torch
 
 from hstu_rec.data.dataset import offsets_of
-from hstu_rec.data.histories import seconds_of
-from hstu_rec.data.own_ids import IdIndex, kind_of, typed_ids
+from hstu_rec.data.histories import ids_of, seconds_of
+from hstu_rec.data.own_ids import IdIndex, kind_of
 from hstu_rec.data.tables import arrow_of, names_of
 from hstu_rec.ranker.features import Feature
 from hstu_rec.ranker.model import RankBatch, RankingModel
@@ -54,7 +54,7 @@ class OwnTerms:
         events = _columns(
             histories, "histories", ["user_id", "item_id", "timestamp"], [*context, *outcomes]
         )
-        users = _typed(asked["user_id"], "candidates: user_id").dictionary_encode()
+        users = ids_of(asked["user_id"], "candidates: user_id").dictionary_encode()
         owner = users.indices.to_numpy(zero_copy_only=False).astype(np.int64)
         rows = self._rows(asked["item_id"], "candidates")
         if (rows < 0).any():
@@ -88,7 +88,7 @@ class OwnTerms:
 
     def _past(self, events: pa.Table, users: pa.Array, features: Sequence[Feature]) -> "_Past":
         """The newest known events of each of `users`, user after user, oldest first."""
-        own = _typed(events["user_id"], "histories: user_id")
+        own = ids_of(events["user_id"], "histories: user_id")
         if len(own) and len(users) and own.type != users.type:
             raise ValueError(
                 f"user_id: histories have {kind_of(own)}, candidates {kind_of(users)}; give the same"
@@ -112,7 +112,7 @@ class OwnTerms:
 
     def _rows(self, column: pa.ChunkedArray, what: str) -> np.ndarray:
         """int64 [n], -1 for items that the model does not know."""
-        own = _typed(column, f"{what}: item_id")
+        own = ids_of(column, f"{what}: item_id")
         if len(own) and own.type != self.items.ids.type:
             raise ValueError(
                 f"{what}: item_id holds {kind_of(own)}, the model's items are {kind_of(self.items.ids)}, "
@@ -175,15 +175,6 @@ def _columns(table: Any, what: str, names: Sequence[str], features: Sequence[Fea
             f"{', '.join(map(str, there)) or 'none'}"
         )
     return arrow_of(table, wanted)
-
-
-def _typed(column: pa.ChunkedArray, what: str) -> pa.Array:
-    if not len(column):
-        return pa.array([], pa.int64())
-    try:
-        return typed_ids(column)
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from error
 
 
 def _times_asked(at: int | Mapping[Any, int] | None, users: pa.Array, past: _Past) -> np.ndarray:
