@@ -50,6 +50,12 @@ class NextItemRun(Run):
         table_mib = dataset.num_items * config.encoder.dim * 4 / 2**20
         loss = config.loss
         count = "" if loss.negatives in ("all", "in_batch") else f" {loss.num_negatives}"
+        remarks = []
+        if count and loss.num_negatives >= dataset.num_items:
+            remarks = [
+                f"remark      {loss.num_negatives:,} negatives are drawn of {dataset.num_items:,} items; "
+                "loss.negatives=all takes every item once"
+            ]
         return "\n".join(
             [
                 f"run         {self.folder}",
@@ -63,6 +69,7 @@ class NextItemRun(Run):
                 + (", seen bias" if loss.use_seen_bias else ""),
                 f"device      {learner.device}, {distributed.world_size()} processes, "
                 f"{config.train.precision}, attention kernel {learner.encoder.attention_kernel()}",
+                *remarks,
             ]
         )
 

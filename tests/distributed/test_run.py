@@ -197,3 +197,12 @@ def test_a_missing_checkpoint_is_named(data, tmp_path):
     sentence = refusal(data, tmp_path / "run", "train.resume=runs/typo")
     assert sentence.startswith("train.resume 'runs/typo' does not exist; give none, auto")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("count", "is_told"), [(30, True), (29, False)])
+def test_a_run_opens_with_a_remark_on_negatives_beyond_the_catalogue(
+    data, tmp_path, capsys, count, is_told
+):
+    train_once(data, tmp_path / "run", "train.max_epochs=1", f"loss.num_negatives={count}")
+    told = f"{count} negatives are drawn of 30 items; loss.negatives=all takes every item once"
+    assert (told in capsys.readouterr().out) == is_told
