@@ -201,6 +201,8 @@ def test_what_fit_takes_recommend_takes(tmp_path):
         answer.set_index("user_id").loc[one, "item_id"] for one in ids
     ]
     assert model.evaluate(given, ks=[1])["num_users"] == 41
+    with pytest.raises(ValueError, match=r"user_id: 1 ids are null; leave such rows out"):
+        model.recommend({**given.head(2).to_dict("list"), "user_id": [1.0, None]})
     with pytest.raises(ValueError, match=r"user_id: 1 ids are floats that are no whole .* 1\.5"):
         model.recommend(given.assign(user_id=1.5).head(1))
 

@@ -145,13 +145,31 @@ def _columns(events: Events) -> pa.Table:
 
 
 def ids_of(column: pa.Array | pa.ChunkedArray, name: str) -> pa.Array:
-    """Typed ids of a column, int64 of an empty one. Raises ValueError, with its name, for what is none."""
+    """Typed ids of a column, int64 of an empty one; whole floats, as pandas makes of integers beside a NaN,
+    are integers. Raises ValueError, with its name, for what is none."""
     if not len(column):
         return pa.array([], pa.int64())
+    is_float = pa.types.is_float32(column.type) or pa.types.is_float64(column.type)
     try:
-        return typed_ids(column)
+        return _whole(column) if is_float else typed_ids(column)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def _whole(ids: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """Floats as integers. Raises ValueError where they hold none exactly."""
+    if ids.null_count:
+        raise ValueError(f"{ids.null_count:,} ids are null; leave such rows out")
+    values = np.asarray(ids)
+    largest = 2**24 if ids.type == pa.float32() else 2**53
+    is_exact = (np.abs(values) <= largest) & (values == np.floor(values))
+    if not is_exact.all():
+        bad = values[~is_exact]
+        raise ValueError(
+            f"{len(bad):,} ids are floats that are no whole numbers, or too large to be exact, such as "
+            f"{bad[0]}; give integers or strings"
+        )
+    return pa.array(values.astype(np.int64))
 
 
 def _moments(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:

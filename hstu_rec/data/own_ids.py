@@ -26,8 +26,7 @@ def hash_items(batches: Iterable[pa.Array]) -> str:
 
 
 def typed_ids(ids: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """One array of int64 or large_string; whole floats, as pandas makes of integers beside a NaN, are
-    integers. Raises ValueError for other types and nulls."""
+    """One array of int64 or large_string. Raises ValueError for other types and nulls."""
     if isinstance(ids, pa.ChunkedArray):
         ids = ids.combine_chunks()
     if isinstance(ids, pa.ChunkedArray):  # more text than one array of its type holds
@@ -35,31 +34,14 @@ def typed_ids(ids: pa.ChunkedArray | pa.Array) -> pa.Array:
     if pa.types.is_dictionary(ids.type):
         ids = ids.dictionary_decode()
     is_text = pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type)
-    is_float = pa.types.is_float32(ids.type) or pa.types.is_float64(ids.type)
-    if not is_text and not is_float and not pa.types.is_integer(ids.type):
+    if not is_text and not pa.types.is_integer(ids.type):
         raise ValueError(f"ids must be integers or strings; got {ids.type}")
     if ids.null_count:
         raise ValueError(f"{ids.null_count:,} ids are null; leave such rows out")
-    if is_float:
-        return _whole(ids)
     try:
         return ids.cast(pa.large_string() if is_text else pa.int64())
     except pa.ArrowInvalid as error:
         raise ValueError(f"ids must be below 2^63; {error}") from error
-
-
-def _whole(ids: pa.Array) -> pa.Array:
-    """Floats as integers. Raises ValueError where they hold none exactly."""
-    values = ids.to_numpy(zero_copy_only=False)
-    largest = 2**24 if ids.type == pa.float32() else 2**53
-    is_exact = (np.abs(values) <= largest) & (values == np.floor(values))
-    if not is_exact.all():
-        bad = values[~is_exact]
-        raise ValueError(
-            f"{len(bad):,} ids are floats that are no whole numbers, or too large to be exact, such as "
-            f"{bad[0]}; give integers or strings"
-        )
-    return pa.array(values.astype(np.int64))
 
 
 def kind_of(ids: pa.Array) -> str:
