@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from hstu_rec.config import load
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.prepare import PrepareConfig, prepare
-from hstu_rec.data.tables import Columns, arrow_of, names_of
+from hstu_rec.data.tables import Columns, arrow_of, names_of, opened
 from hstu_rec.settings import assignments
 
 # Users of few events cannot be tested on, and get recommendations like all others.
@@ -68,6 +68,7 @@ def _prepare_with(config: PrepareConfig, events: Any, data: Path, columns: Colum
     if isinstance(events, str | Path):
         prepare(config, events, data)
         return
+    events = opened(events)
     columns.check(names_of(events))  # its sentence is of tables
     table = arrow_of(events, [*config.columns().values()])
     data.parent.mkdir(parents=True, exist_ok=True)

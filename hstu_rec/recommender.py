@@ -23,7 +23,15 @@ from hstu_rec.config import RunConfig, load
 from hstu_rec.data.dataset import Dataset
 from hstu_rec.data.histories import OnUnknown, rows_of
 from hstu_rec.data.own_ids import IdIndex, typed_ids
-from hstu_rec.data.tables import Columns, TableKind, arrow_of, as_kind, kind_of_table, names_of
+from hstu_rec.data.tables import (
+    Columns,
+    TableKind,
+    arrow_of,
+    as_kind,
+    kind_of_table,
+    names_of,
+    opened,
+)
 from hstu_rec.export import ExportConfig, export, serve_run
 from hstu_rec.prepared import events_of, prepare_in, read_events
 from hstu_rec.serving import ServingModel, load_bundle
@@ -338,6 +346,7 @@ class Recommender:
         if isinstance(histories, str | Path):
             return read_events(histories, self.columns)
         if _is_table(histories):
+            histories = opened(histories)
             self.columns.check(names_of(histories))
             return self.columns.standard(arrow_of(histories, names))
         return self._events_of_users(histories, on_unknown)

@@ -322,6 +322,12 @@ def test_what_a_stopped_or_changed_fit_is_told_is_in_words_of_fit(tmp_path, monk
             Recommender(**given).fit(table(20), folder=tmp_path)
 
 
+def test_a_stream_which_can_be_read_once_is_a_table_too():
+    given = table(20)
+    model = Recommender(**SMALL | {"max_epochs": 1}).fit(given.to_reader())
+    assert len(model.recommend(["user 3"], k=2)) == 2
+
+
 def test_before_fit_there_is_nothing():
     with pytest.raises(ValueError, match=r"call fit\(events\), or Recommender.load"):
         Recommender().recommend(table())

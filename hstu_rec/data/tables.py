@@ -66,7 +66,7 @@ def arrow_of(table: Any, names: Sequence[str] | None = None) -> pa.Table:
 
     Raises ValueError for what is none of them, and for columns of values of several types.
     """
-    _check_kind(table)
+    table = opened(table)
     try:
         return _plain(_arrow_of(table if names is None else _selected(table, names)))
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
@@ -76,16 +76,15 @@ def arrow_of(table: Any, names: Sequence[str] | None = None) -> pa.Table:
 
 
 def names_of(table: Any) -> list[str]:
-    """What the columns are called of a table that arrow_of takes; raises as it does."""
-    _check_kind(table)
+    """What the columns are called of what `opened` gives."""
     if isinstance(table, Mapping):
         return [*table]
-    if isinstance(table, pa.Table | pa.RecordBatch):
-        return table.schema.names
-    return [*(pa.table(table).column_names if kind_of_table(table) == "arrow" else table.columns)]
+    return [*(table.schema.names if kind_of_table(table) == "arrow" else table.columns)]
 
 
-def _check_kind(table: Any) -> None:
+def opened(table: Any) -> Any:
+    """A table that can be read again: a stream, which cannot, as an Arrow table, others as they are. Raises
+    ValueError for what is no table."""
     is_table = isinstance(table, Mapping | pa.Table | pa.RecordBatch) or hasattr(
         table, "__arrow_c_stream__"
     )
@@ -98,6 +97,13 @@ def _check_kind(table: Any) -> None:
             "events must be a DataFrame of pandas or polars, an Arrow table, columns by name, or a path of "
             f"files; got {type(table).__name__}"
         )
+    is_again = isinstance(table, Mapping | pa.Table | pa.RecordBatch)
+    if is_again or kind_of_table(table) != "arrow":
+        return table
+    try:
+        return pa.table(table)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise ValueError(f"the table cannot be read: {error}; give columns by name") from error
 
 
 def _selected(table: Any, names: Sequence[str]) -> Any:
@@ -107,8 +113,6 @@ def _selected(table: Any, names: Sequence[str]) -> Any:
     if isinstance(table, pa.Table | pa.RecordBatch):
         there = [place for place, name in enumerate(table.schema.names) if name in names]
         return table.select(there)
-    if kind_of_table(table) == "arrow":  # a stream, whose columns nobody knows yet
-        return _selected(pa.table(table), names)
     return table[[name for name in dict.fromkeys(names) if name in table.columns]]
 
 

@@ -17,7 +17,7 @@ import torch
 from hstu_rec.data.dataset import offsets_of
 from hstu_rec.data.histories import ids_of, seconds_of
 from hstu_rec.data.own_ids import IdIndex, kind_of
-from hstu_rec.data.tables import arrow_of, names_of
+from hstu_rec.data.tables import arrow_of, names_of, opened
 from hstu_rec.ranker.features import Feature
 from hstu_rec.ranker.model import RankBatch, RankingModel
 
@@ -168,6 +168,7 @@ class _Past:
 def _columns(table: Any, what: str, names: Sequence[str], features: Sequence[Feature]) -> pa.Table:
     """The columns of those names and of the features. Raises ValueError where one is missing."""
     wanted = [*dict.fromkeys([*names, *(one.name for one in features)])]
+    table = opened(table)
     there = names_of(table)
     if missing := [name for name in wanted if name not in there]:
         raise ValueError(
